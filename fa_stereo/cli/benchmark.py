@@ -1,0 +1,293 @@
+"""``fa-stereo benchmark``: the network's fast path against the plain one, in time, memory and deviation."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fa_stereo.cli.predict import named_weights, prepare_output_folder
+from fa_stereo.cli.tables import duration, markdown_table
+from fa_stereo.config import INFERENCE_PRECISIONS, PRECISIONS
+from fa_stereo.errors import InputError
+
+if TYPE_CHECKING:
+    from fa_stereo.profiling import Task
+
+DESCRIPTION = """\
+Measures the parts of the network, inference as a whole, and a training step (forward and backward), each computed
+plainly (cost volume and upsampled scores stored, as the formulas read) and fast. Every variant runs in a process of
+its own; the processes take turns; medians are reported.
+
+  time       median of the repetitions
+  pairs/s    of inference and training
+  peak       largest memory: resident, of the whole process; on a GPU what PyTorch allocated
+  extra      that, less what process, weights and inputs take
+  deviation  of the output from the plain one in fp32: px for network, pairs and regression, else relative to its
+             largest value; of the network it says something only with trained weights (--weights, --checkpoint)
+
+Low precision is autocast in the plain path, and in the fast path weights of that type (in training autocast too);
+mixed is bf16 after features in fp32. A training step in fp16 is measured on a GPU alone.
+--pairs measures inference on pictures of your own too, whatever their sizes: above all how far low precision moves
+disparity in px on real ones. --compile and --cuda-graph (on a GPU) measure the fast path in these ways as well."""
+
+IN_PIXELS = ("network", "regression", "pairs")
+COLOURS = {"plain": "#9aa5b1", "fast": "#1f77b4", "compiled": "#2a9d8f", "graph": "#8e6bbf"}
+WITH_RATE = ("network", "training_step", "pairs")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="fa-stereo benchmark", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", default="all", metavar="LIST",
+        help="any of features,first_convolution,aggregation,regression,network,training_step,pairs",
+    )  # fmt: skip
+    parser.add_argument("--sizes", default="544x960", metavar="LIST", help="HEIGHTxWIDTH of pictures, multiples of 16")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pairs at once in inference")
+    parser.add_argument("--training-size", default="256x512", metavar="HxW", help="crop of the training step")
+    parser.add_argument("--training-batch", type=int, default=1, metavar="N", help="crops at once in the training step")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="in the fast training step")
+    parser.add_argument("--precisions", default="fp32", metavar="LIST",
+                        help="of the fast path: any of fp32,bf16,fp16,mixed")  # fmt: skip
+    parser.add_argument("--plain-precisions", default="fp32", metavar="LIST", help="of the plain path, fp32 first")
+    parser.add_argument("--compile", action="store_true", help="also measure the fast path through torch.compile")
+    parser.add_argument("--cuda-graph", action="store_true", help="also measure the network as a CUDA graph")
+    parser.add_argument(
+        "--pairs", nargs=2, metavar=("LEFT", "RIGHT"),
+        help="pictures, folders or quoted glob patterns; needs trained weights",
+    )  # fmt: skip
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--weights", metavar="NAME", help="bundled weights; by default fresh ones, of the full model")
+    source.add_argument("--checkpoint", metavar="PATH", help="weights of your own (.safetensors or .pt)")
+    parser.add_argument(
+        "--base-channels", type=int, default=32, metavar="C", help="width of a model with fresh weights"
+    )
+    parser.add_argument("--max-disparity", type=int, metavar="PX", help="search range, a multiple of 16")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed repetitions, after one to warm up")
+    parser.add_argument("--tuned-allocator", action="store_true",
+                        help="let glibc keep freed memory in all variants (MALLOC_MMAP_MAX_=0 and so on)")  # fmt: skip
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="write benchmark.json and benchmark.png there")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; see ``DESCRIPTION``."""
+    arguments = build_parser().parse_args(argv)
+    groups = plan(arguments)
+    output = Path(arguments.output) if arguments.output else None
+    if output:
+        prepare_output_folder(output)
+
+    from tqdm import tqdm
+
+    from fa_stereo.machine import describe_machine
+    from fa_stereo.profiling import TUNED_ALLOCATOR, compare, measure
+
+    report: dict[str, Any] = {
+        "command": " ".join(["fa-stereo", "benchmark", *argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine() | ({"threads": arguments.threads} if arguments.threads else {}),
+        "rows": [],
+    }
+    environment = TUNED_ALLOCATOR if arguments.tuned_allocator else {}
+    runs = sum(len(tasks) for tasks in groups) * (arguments.repeats + 1)
+    with tqdm(total=runs, desc="benchmark", unit="run", disable=None) as progress:
+        for tasks in groups:
+            measurements = measure(tasks, arguments.repeats, environment, progress.update)
+            rows = compare(measurements, relative=tasks[0].part not in IN_PIXELS)
+            for task, row in zip(tasks, rows, strict=True):
+                if task.part in WITH_RATE:
+                    row["pairs_per_second"] = task.samples / row["seconds"]
+                report["rows"].append(dataclasses.asdict(task) | row)
+    print(format_report(report))
+    if output:
+        from fa_stereo.data.formats import write_bytes
+
+        write_bytes(output / "benchmark.json", json.dumps(report, indent=2).encode())
+        plot_report(report, output / "benchmark.png")
+        print(f"\n{output / 'benchmark.json'}\n{output / 'benchmark.png'}")
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> list[list[Task]]:
+    """Return the tasks to measure, in groups to be compared, the reference first in each.
+
+    Raises:
+        InputError: An option makes no sense.
+    """
+    from fa_stereo.inference import choose_device
+    from fa_stereo.profiling import PARTS, Task
+    from fa_stereo.weights import find_checkpoint
+
+    if arguments.repeats < 1 or arguments.batch < 1 or arguments.training_batch < 1:
+        raise InputError("--repeats, --batch and --training-batch must be positive")
+    device = choose_device(arguments.device)
+    if arguments.cuda_graph and device.type != "cuda":
+        raise InputError(f"--cuda-graph needs a GPU, but the device is {device}")
+    weights = named_weights(arguments)
+    common: dict[str, Any] = {
+        "weights": None if weights is None else str(find_checkpoint(weights, device)),
+        "base_channels": arguments.base_channels, "max_disparity": arguments.max_disparity,
+        "device": str(device), "threads": arguments.threads,
+    }  # fmt: skip
+    parts = PARTS if arguments.parts == "all" else _names(arguments.parts, PARTS, "--parts")
+    if arguments.pairs is None:
+        if arguments.parts != "all" and "pairs" in parts:
+            raise InputError("--parts pairs needs pictures: add --pairs LEFT RIGHT")
+        parts = tuple(part for part in parts if part != "pairs")
+    groups = []
+    for part in parts:
+        variants = _variants(arguments, part)
+        checkpointing = part == "training_step" and arguments.activation_checkpointing
+        groups += [
+            [
+                Task(
+                    part, path, precision, activation_checkpointing=checkpointing and path == "fast", **inputs, **common
+                )
+                for path, precision in variants
+            ]
+            for inputs in _inputs(arguments, part)
+        ]
+    return groups
+
+
+def _variants(arguments: argparse.Namespace, part: str) -> list[tuple[str, str]]:
+    """Return paths and precisions in which a part is to be measured, the reference first."""
+    from fa_stereo.inference import choose_device
+    from fa_stereo.profiling import COMPILED_PARTS
+
+    precisions = _names(arguments.precisions, INFERENCE_PRECISIONS, "--precisions")
+    plain_precisions = _names(arguments.plain_precisions, PRECISIONS, "--plain-precisions")
+    if part in ("features", "first_convolution", "aggregation", "training_step"):  # mixed is nothing new there
+        precisions = tuple(name for name in precisions if name != "mixed")
+    if part == "training_step" and choose_device(arguments.device).type == "cpu":
+        # Without hardware for it, convolutions take minutes backward.
+        precisions, plain_precisions = (
+            tuple(name for name in names if name != "fp16") for names in (precisions, plain_precisions)
+        )
+    if part == "regression":  # computed in float32 whatever the precision of the rest
+        plain_precisions = precisions = ("fp32",)
+    paths = {"plain": plain_precisions, "fast": precisions}
+    if arguments.compile and part in COMPILED_PARTS:
+        paths["compiled"] = precisions
+    if arguments.cuda_graph and part == "network":
+        paths["graph"] = precisions
+    return [(path, precision) for path in paths for precision in paths[path]]
+
+
+def _inputs(arguments: argparse.Namespace, part: str) -> list[dict[str, Any]]:
+    """Return what a part is to be measured on: sizes, or given pictures."""
+    if part == "pairs":
+        from fa_stereo.data.pairs import pair_pictures
+
+        if named_weights(arguments) is None:
+            raise InputError("--pairs needs trained weights: add --weights small, for example")
+        return [{"pictures": [(str(p.left_path), str(p.right_path)) for p in pair_pictures(*arguments.pairs)]}]
+    training = part == "training_step"
+    sizes = [arguments.training_size] if training else arguments.sizes.split(",")
+    batch = arguments.training_batch if training else arguments.batch
+    return [{"height": height, "width": width, "batch": batch} for height, width in map(_size, sizes)]
+
+
+def _names(text: str, choices: tuple[str, ...], option: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in choices]
+    if unknown or not names:
+        raise InputError(f"{option} takes any of {','.join(choices)}, got {unknown[0] if unknown else text!r}")
+    return names
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.strip().lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise InputError(f"a size is HEIGHTxWIDTH, 544x960 for example, got {text!r}")
+    return int(height), int(width)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Return the report as a table for the terminal, and for Markdown."""
+    machine = report["machine"]
+    header = ["part", "size", "path", "time", "speedup", "pairs/s", "peak", "extra", "deviation, largest", "mean"]
+    rows = []
+    for row in report["rows"]:
+        unit = " px" if row["part"] in IN_PIXELS else ""
+        rate = f"{row['pairs_per_second']:.3g}" if "pairs_per_second" in row else ""
+        deviations = [f"{row[key]:.2g}{unit}" if key in row else "" for key in ("largest_deviation", "mean_deviation")]
+        memory = [_gigabytes(row[key]) for key in ("peak_bytes", "extra_bytes")]
+        speed = [duration(row["seconds"]), f"{row['speedup']:.1f}x", rate]
+        rows.append([row["part"], _size_label(row), f"{row['path']} {row['precision']}", *speed, *memory, *deviations])
+    return "\n".join(
+        [
+            f"`{report['command']}`, {report['date']}",
+            ", ".join([*machine["gpus"], _describe_cpu(machine), f"PyTorch {machine['torch']}"]),
+            "",
+            markdown_table(header, rows, left=3),
+        ]
+    )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _size_label(row: dict[str, Any]) -> str:
+    if row["part"] == "pairs":
+        return f"{len(row['pictures'])} given"
+    return f"{row['batch']}x{row['height']}x{row['width']}"
+
+
+def _describe_cpu(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']} ({machine['cpu_capability']}, threads: {machine['threads']})"
+
+
+def plot_report(report: dict[str, Any], path: Path) -> None:
+    """Write a bar chart of time and memory, one row of two panels for each part and size."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from fa_stereo.data.formats import write_bytes
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault(f"{row['part'].replace('_', ' ')}\n{_size_label(row)}", []).append(row)
+    bars = [len(rows) for rows in groups.values()]
+    figure = Figure(figsize=(9, 0.9 + 0.24 * sum(bars) + 0.2 * len(bars)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(groups), 2, squeeze=False, gridspec_kw={"height_ratios": [n + 0.6 for n in bars]})
+    for (name, rows), (times, memories) in zip(groups.items(), panels, strict=True):
+        speedups = ["", *(f"  ({row['speedup']:.1f}x)" for row in rows[1:])]
+        labels = [duration(row["seconds"]) + speedup for row, speedup in zip(rows, speedups, strict=True)]
+        _draw_bars(times, rows, "seconds", labels)
+        _draw_bars(memories, rows, "extra_bytes", [_gigabytes(row["extra_bytes"]) for row in rows])
+        times.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
+        times.set_yticks(range(len(rows)), [f"{row['path']} {row['precision']}" for row in rows], fontsize=8)
+        memories.set_yticks([])
+    panels[0][0].set_title("time (lengths compare within a part)", fontsize=9)
+    panels[0][1].set_title("memory beyond weights and inputs", fontsize=9)
+    machine = report["machine"]
+    place = ", ".join(machine["gpus"]) or _describe_cpu(machine)
+    figure.suptitle(f"{place}, PyTorch {machine['torch']}, {report['date']}", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_bytes(path, buffer.getvalue())
+
+
+def _draw_bars(axes: Any, rows: list[dict[str, Any]], key: str, labels: list[str]) -> None:
+    values = [row[key] for row in rows]
+    bars = axes.barh(range(len(rows)), values, 0.75, color=[COLOURS[row["path"]] for row in rows])
+    axes.bar_label(bars, labels, padding=3, fontsize=8)
+    axes.set_xlim(0, 1.35 * max(*values, 1e-9))  # room for the label of the longest
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)

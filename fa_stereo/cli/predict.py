@@ -1,0 +1,299 @@
+"""``fa-stereo predict``: disparity of one picture pair, of two folders, or of two glob patterns."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fa_stereo.errors import InputError
+
+if TYPE_CHECKING:
+    from fa_stereo.data.pairs import PicturePair
+    from fa_stereo.inference import DisparityPredictor
+
+DESCRIPTION = """\
+Predicts the disparity of the left view of rectified pairs and writes it in the formats asked for:
+
+  png    coloured picture: far is blue, near is red; from 0 to the 99.5th percentile of the picture
+  pfm    32-bit float, pixels (Scene Flow, Middlebury, ETH3D)
+  kitti  16-bit PNG named NAME_kitti.png: disparity * 256, 0 = no value
+  npy    NumPy float32 [H, W], pixels
+
+LEFT and RIGHT are two pictures, two folders, or two quoted glob patterns, paired by name.
+A pair whose matched corners lie in different rows, or the wrong way round, is reported on stderr as looking
+unrectified or swapped (see fa_stereo/rectification.py for how this is judged); it is predicted all the same."""
+
+FORMATS = ("png", "pfm", "kitti", "npy")
+SUFFIXES = {"png": ".png", "pfm": ".pfm", "kitti": "_kitti.png", "npy": ".npy"}
+DEFAULT_FORMATS = "png,pfm"
+MOST_WARNINGS = 5
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="fa-stereo predict", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("left", metavar="LEFT", help="left picture, folder or quoted glob pattern")
+    parser.add_argument("right", metavar="RIGHT", help="right picture, folder or quoted glob pattern")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT",
+        help="folder for the results; for a single pair also a file ending in .png, .pfm or .npy",
+    )  # fmt: skip
+    parser.add_argument(
+        "--formats", metavar="LIST", help=f"any of {','.join(FORMATS)}, separated by commas (default {DEFAULT_FORMATS})"
+    )
+    add_predictor_arguments(parser)
+    return parser
+
+
+def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the weights and how they are run."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="bundled weights, small or full, or a file (default: full on a GPU, else small)",
+    )
+    source.add_argument("--checkpoint", metavar="PATH", help="a file of your own (.safetensors or .pt)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--precision", default="auto", help="auto (default), fp32, bf16, fp16 or mixed")
+    parser.add_argument(
+        "--max-disparity", type=int, metavar="PX",
+        help="search range, a multiple of 16, instead of the one the weights were trained for",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="FACTOR",
+        help="predict at another size, e.g. 0.5, and bring the result back to that of the pictures",
+    )  # fmt: skip
+    memory = parser.add_mutually_exclusive_group()
+    memory.add_argument(
+        "--tile", type=int, metavar="ROWS",
+        help="for large pictures: compute this many rows at a time (a multiple of 16), blended without a seam",
+    )  # fmt: skip
+    memory.add_argument(
+        "--memory", type=float, metavar="GB", help="tile so that a pair takes about this much memory at most"
+    )
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="run the network through torch.compile, which takes a minute or so for every size of picture; on CPUs "
+        "where it was measured it gained nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cuda-graph", action="store_true",
+        help="on a GPU, for many pictures of one size: launch all of the network at once instead of bit by bit",
+    )  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; see ``DESCRIPTION``."""
+    arguments = build_parser().parse_args(argv)
+    from fa_stereo.data.pairs import pair_pictures
+
+    pairs = pair_pictures(arguments.left, arguments.right)
+    single_file = _single_output_file(arguments.output, arguments.formats, len(pairs))
+    formats = parse_formats(arguments.formats or DEFAULT_FORMATS)
+    folder = single_file.parent if single_file else Path(arguments.output)
+    outputs = {pair.name: output_paths(folder, pair.name, formats) for pair in pairs}
+    if single_file:
+        outputs = {pairs[0].name: {single_file: single_file.suffix.lower()[1:]}}
+    check_outputs(pairs, outputs)
+    prepare_output_folder(folder)
+
+    predictor = load_named_predictor(arguments)
+    if len(pairs) > 1:
+        return _predict_many(predictor, pairs, folder, outputs)
+    _predict_one(predictor, pairs[0], outputs[pairs[0].name])
+    return 0
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Return the formats named in a list separated by commas.
+
+    Raises:
+        InputError: One is unknown, or none is given.
+    """
+    names = tuple(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or not names:
+        raise InputError(f"--formats takes any of {','.join(FORMATS)}, got {unknown[0] if unknown else text!r}")
+    return names
+
+
+def output_paths(folder: Path, name: str, formats: tuple[str, ...]) -> dict[Path, str]:
+    """Return the format by the file to write it to, for the pair of this (path-like) name."""
+    return {folder / f"{name}{SUFFIXES[kind]}": kind for kind in formats}
+
+
+def check_outputs(pairs: list[PicturePair], outputs: dict[str, dict[Path, str]]) -> None:
+    """Make sure that no result takes the place of a picture to be read, or of another result.
+
+    Raises:
+        InputError: One does.
+    """
+    taken = {path.resolve() for pair in pairs for path in (pair.left_path, pair.right_path)}
+    for name, paths in outputs.items():
+        for path in paths:
+            if path.resolve() in taken:
+                raise InputError(
+                    f"{path}: the result of {name} would overwrite this picture or result; "
+                    "choose another folder with -o"
+                )
+            taken.add(path.resolve())
+
+
+def prepare_output_folder(folder: Path) -> None:
+    """Create the folder, and make sure that files can be written there before anything expensive begins.
+
+    Raises:
+        InputError: It cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise InputError(f"{folder}: this folder cannot be written ({reason}); choose another with -o") from error
+
+
+def write_disparity(path: Path, disparity: NDArray[np.float32], kind: str) -> None:
+    """Write a disparity map in one of ``FORMATS``, whole or not at all.
+
+    Raises:
+        InputError: The file cannot be written, or the format cannot hold the values.
+    """
+    from fa_stereo.data.formats import write_bytes, write_kitti_disparity, write_pfm, write_picture
+    from fa_stereo.visualization import colorize_disparity
+
+    def write_npy() -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, disparity)
+        write_bytes(path, buffer.getvalue())
+
+    writers: dict[str, Callable[[], None]] = {
+        "png": lambda: write_picture(path, colorize_disparity(disparity)),
+        "pfm": lambda: write_pfm(path, disparity),
+        "kitti": lambda: write_kitti_disparity(path, disparity),
+        "npy": write_npy,
+    }
+    writers[kind]()
+
+
+def _single_output_file(output: str, formats: str | None, pairs: int) -> Path | None:
+    """Return OUT if it means one file rather than a folder."""
+    path = Path(output)
+    if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff") and not path.is_dir():
+        raise InputError(f"-o {output}: a result can be written as .png, .pfm or .npy; name one of these, or a folder")
+    if path.suffix.lower() not in (".png", ".pfm", ".npy") or path.is_dir():
+        return None
+    if pairs > 1:
+        raise InputError(f"-o {output} is a file, but there are {pairs} pairs: give a folder")
+    if formats is not None:
+        raise InputError(f"-o {output} is a file, which says its format: leave out --formats, or give a folder")
+    return path
+
+
+def named_weights(arguments: argparse.Namespace) -> str | Path | None:
+    """Return what ``--checkpoint`` or ``--weights`` names, None for the default."""
+    if arguments.checkpoint is not None:
+        return Path(arguments.checkpoint)  # always a file, even if called "small"
+    weights: str | None = arguments.weights
+    return weights
+
+
+def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
+    """Load the predictor that the options of ``add_predictor_arguments`` describe.
+
+    Raises:
+        InputError: An option is refused, or there are no such weights.
+    """
+    from fa_stereo.inference import load_predictor
+
+    return load_predictor(
+        named_weights(arguments),
+        arguments.device,
+        arguments.precision,
+        arguments.max_disparity,
+        scale=arguments.scale,
+        band_height=arguments.tile,
+        memory_gb=arguments.memory,
+        compile=arguments.compile,
+        cuda_graph=arguments.cuda_graph,
+    )
+
+
+def _predict_one(predictor: DisparityPredictor, pair: PicturePair, outputs: dict[Path, str]) -> None:
+    from fa_stereo.data.formats import read_picture_pair
+    from fa_stereo.rectification import judge_pair
+
+    left, right = read_picture_pair(pair.left_path, pair.right_path)
+    judgement = judge_pair(left, right)
+    for sentence in judgement.warnings if judgement else []:
+        print(f"warning: {pair.name}: {sentence}", file=sys.stderr)
+    prediction = predictor(left, right)
+    disparity = prediction.disparity
+    print(
+        f"{pair.name}: {left.shape[1]}x{left.shape[0]}, disparity {disparity.min():.1f} to {disparity.max():.1f} px, "
+        f"{prediction.seconds:.2f} s on {prediction.device} in {prediction.precision}"
+    )
+    for path, kind in outputs.items():
+        write_disparity(path, disparity, kind)
+        print(path)
+
+
+def _predict_many(
+    predictor: DisparityPredictor, pairs: list[PicturePair], folder: Path, outputs: dict[str, dict[Path, str]]
+) -> int:
+    """Predict all pairs; one that cannot be read is reported and passed over.
+
+    Returns:
+        0, or 2 if a pair failed.
+    """
+    from tqdm import tqdm
+
+    from fa_stereo.data.formats import read_picture_pair
+    from fa_stereo.rectification import judge_pair
+
+    seconds: list[float] = []
+    failed: list[str] = []
+    suspicious = 0
+    with tqdm(pairs, desc="predict", unit="pair", disable=None) as progress:
+        for pair in progress:
+            try:
+                left, right = read_picture_pair(pair.left_path, pair.right_path)
+                judgement = judge_pair(left, right)
+                prediction = predictor(left, right)
+            except InputError as error:
+                failed.append(pair.name)
+                tqdm.write(f"failed: {pair.name}: {error}", file=sys.stderr)
+                continue
+            if judgement is not None and judgement.warnings:
+                suspicious += 1
+                if suspicious <= MOST_WARNINGS:
+                    for sentence in judgement.warnings:
+                        tqdm.write(f"warning: {pair.name}: {sentence}", file=sys.stderr)
+            seconds.append(prediction.seconds)
+            for path, kind in outputs[pair.name].items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_disparity(path, prediction.disparity, kind)
+    if suspicious > MOST_WARNINGS:
+        print(f"warning: {suspicious} of {len(pairs)} pairs look unrectified or swapped", file=sys.stderr)
+    if seconds:
+        print(
+            f"{len(seconds)} of {len(pairs)} pairs written to {folder}: "
+            f"{float(np.median(seconds)):.2f} s a pair on {predictor.device} in {predictor.precision}"
+        )
+    if failed:
+        names = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
+        print(f"{len(failed)} of {len(pairs)} pairs failed: {names}", file=sys.stderr)
+        return 2
+    return 0

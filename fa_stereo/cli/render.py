@@ -1,0 +1,158 @@
+"""``fa-stereo render``: write procedural stereo pairs in Scene Flow's official layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import cv2
+import torch
+from tqdm import tqdm
+
+from fa_stereo.config import RenderConfig, to_plain
+from fa_stereo.data.formats import write_bytes
+from fa_stereo.data.rendered import LARGEST_SET, RenderedPairs, frame_files, write_frame
+from fa_stereo.errors import InputError
+
+FLAGS = ("samples", "height", "width", "seed", "max_disparity", "difficulty")
+
+
+def main(argv: list[str]) -> int:
+    """Render the pairs that are not there yet; return the exit code."""
+    arguments = _parser().parse_args(argv)
+    config = _config(arguments)
+    root = Path(arguments.out)
+    if config.samples > LARGEST_SET:
+        raise InputError(f"--samples {config.samples}: the layout holds {LARGEST_SET} frames; write several folders")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{root}: cannot be used as output folder ({error.strerror}); choose another") from error
+    _record(root, arguments.split, config)
+    missing = [i for i in range(config.samples) if not all(f.exists() for f in frame_files(root, arguments.split, i))]
+    work = partial(_render, config, root, arguments.split)
+    with (
+        _mapped(work, missing, arguments.workers) as done,
+        tqdm(total=config.samples, initial=config.samples - len(missing), unit="pair", disable=None) as progress,
+    ):
+        for _ in done:
+            progress.update()
+    print(f"{root}: {config.samples} pairs ({arguments.split}), {len(missing)} of them new")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = RenderConfig()
+    parser = argparse.ArgumentParser(
+        prog="fa-stereo render",
+        description="Write procedural stereo pairs with exact disparity for both views, in Scene Flow's official "
+        "layout (FlyingThings3D/frames_cleanpass and disparity). A stopped run goes on where it was.",
+    )
+    parser.add_argument("out", metavar="OUT", help="output folder")
+    parser.add_argument("--samples", type=int, default=1000, help="number of pairs (default: %(default)s)")
+    parser.add_argument("--height", type=int, default=defaults.height, help="of the pictures (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=defaults.width, help="of the pictures (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=defaults.seed, help="another seed, other pairs (default: %(default)s)"
+    )
+    parser.add_argument("--max-disparity", type=float, default=defaults.max_disparity,
+                        help="largest disparity in pixels (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--difficulty", type=float, default=defaults.difficulty,
+                        help="from 0 (smooth, near-range, equal cameras) to 1 (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
+                        help="any other field of RenderConfig, e.g. thin=0 or noise=0.05; may be repeated")  # fmt: skip
+    parser.add_argument("--split", choices=("TRAIN", "TEST"), default="TRAIN", help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
+                        help="processes; 0 renders in this one (default: %(default)s, one a core)")  # fmt: skip
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> RenderConfig:
+    if arguments.workers < 0:
+        raise InputError(f"--workers must be zero or more, got {arguments.workers}")
+    values = {name: getattr(arguments, name) for name in FLAGS}
+    kinds = {name: type(value) for name, value in to_plain(RenderConfig()).items() if name not in FLAGS}
+    for option in arguments.option:
+        name, separator, value = option.partition("=")
+        if not separator or name not in kinds:
+            raise InputError(f"--option {option}: must be NAME=VALUE with a NAME of {', '.join(kinds)}")
+        try:
+            values[name] = kinds[name](value)
+        except ValueError:
+            raise InputError(f"--option {option}: {value!r} is not a number as {name} needs it") from None
+    return RenderConfig(**values)
+
+
+def _record(root: Path, split: str, config: RenderConfig) -> None:
+    """Leave the configuration beside the pairs, and refuse to mix two of them in one folder."""
+    path = root / f"rendered_{split.lower()}.json"
+    settings = to_plain(config)
+    del settings["samples"]  # more of the same may be added later
+    if path.exists():
+        try:
+            known = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path}: not the record of a rendered set; choose another output folder") from error
+        if known != settings:
+            different = sorted(k for k in settings if not isinstance(known, dict) or known.get(k) != settings[k])
+            raise InputError(
+                f"{root} holds {split} pairs rendered with another {', '.join(different) or 'configuration'}; "
+                "give the same values or another output folder"
+            )
+    write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def _render(config: RenderConfig, root: Path, split: str, index: int) -> None:
+    write_frame(RenderedPairs(config)[index], root, split, index)
+
+
+@contextmanager
+def _mapped(work: partial[None], indices: Iterable[int], workers: int) -> Iterator[Iterator[None]]:
+    """Give the results of ``work`` as they are done, in this process or in several."""
+    if workers == 0:
+        yield map(work, indices)
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process that has run PyTorch may hang
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            with _interrupts_ignored():  # by the workers, which inherit it: Ctrl-C is this process's business
+                done = pool.map(work, indices)
+            yield done
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change signals, and only it receives them
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker() -> None:
+    """Use one thread, and do not outlive the command: a killed one cannot tell its workers to stop."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,108 @@
+"""CUDA graphs for pictures of repeated sizes: all kernels of a network recorded once, then launched as one.
+
+A network of some hundred small kernels can keep a fast GPU waiting for Python to launch the next one; a graph does not.
+It computes the same with the same kernels, but for one size of picture, and it holds on to the memory that it needs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fa_stereo.errors import InputError
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""From both views [B, 3, H, W] to disparity [B, H, W]."""
+
+
+class GraphedNetwork:
+    """Runs a network, from the second pair of a size in a row on by a CUDA graph recorded for that size.
+
+    On other devices than CUDA it only calls the network. Threads may share it: they wait for each other.
+
+    Args:
+        network: What to run: the same kernels for every input of a size, and no transfers to the CPU. Its weights must
+            stay where they are in memory.
+        most_graphs: Sizes whose graphs are kept, those used last. Each keeps the memory of its activations.
+        record: Records a network for views like those given, and returns what replays it.
+
+    Attributes:
+        network: Ditto.
+    """
+
+    def __init__(
+        self, network: Network, most_graphs: int = 2, record: Callable[[Network, Tensor, Tensor], Network] | None = None
+    ) -> None:
+        self.network = network
+        self._most_graphs = most_graphs
+        self._record = record or record_cuda_graph
+        self._graphs: OrderedDict[tuple[int, ...], Network] = OrderedDict()  # those used last at the end
+        self._last_size: tuple[int, ...] | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the network's result; it is the caller's, no later call overwrites it.
+
+        Raises:
+            InputError: The network cannot be recorded.
+        """
+        if self._record is record_cuda_graph and not left.is_cuda:
+            return self.network(left, right)
+        size = tuple(left.shape)
+        with self._lock:
+            repeated, self._last_size = size == self._last_size, size
+            if size not in self._graphs:
+                if not repeated:
+                    return self.network(left, right)
+                while len(self._graphs) >= self._most_graphs:
+                    self._graphs.popitem(last=False)  # first, so that the new graph finds its memory free
+                self._graphs[size] = self._record(self.network, left, right)
+            self._graphs.move_to_end(size)
+            return self._graphs[size](left, right)
+
+
+def record_cuda_graph(network: Network, left: Tensor, right: Tensor) -> Network:
+    """Record a network's kernels for views of one size on a GPU.
+
+    Args:
+        network: As for ``GraphedNetwork``.
+        left: Example of the left view [B, 3, H, W], on the GPU.
+        right: Example of the right view.
+
+    Returns:
+        What replays them: for views of this size and type, the network's result in memory of its own.
+
+    Raises:
+        InputError: The network does something that cannot be recorded, such as waiting for a value on the CPU.
+    """
+    with torch.cuda.device(left.device):
+        inputs = left.clone(), right.clone()
+        # Off the default stream, as recording demands: kernels are chosen and compiled, workspaces allocated.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                network(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                result = network(*inputs)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"this network cannot be recorded as a CUDA graph ({reason}): go without it") from error
+
+    def replay(left: Tensor, right: Tensor) -> Tensor:
+        with torch.cuda.device(left.device):
+            for buffer, view in zip(inputs, (left, right), strict=True):
+                buffer.copy_(view)
+            graph.replay()
+            return result.clone()
+
+    return replay

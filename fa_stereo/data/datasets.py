@@ -1,0 +1,92 @@
+"""From a configuration to a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.data import ConcatDataset, Dataset
+
+from fa_stereo.config import DatasetConfig
+from fa_stereo.data.eth3d import Eth3d
+from fa_stereo.data.kitti import Kitti
+from fa_stereo.data.middlebury import Middlebury2006, Middlebury2014, MiddleburyV2
+from fa_stereo.data.pairs import OwnPairs
+from fa_stereo.data.sample import StereoSample
+from fa_stereo.data.scene_flow import SceneFlow
+from fa_stereo.errors import InputError
+
+
+def open_dataset(config: DatasetConfig) -> Dataset[StereoSample]:
+    """Return the pairs that a configuration names: ``len(dataset)`` and ``dataset[i]``, a ``StereoSample``.
+
+    Opening lists files and reads none; a data set can be sent to loader processes.
+
+    Raises:
+        InputError: The root is not given, missing, empty or incomplete.
+    """
+    dataset = _open(config)
+    if config.limit is not None:
+        return LimitedDataset(dataset, config.limit)
+    return dataset
+
+
+class LimitedDataset(Dataset[StereoSample]):
+    """The first pairs of another data set.
+
+    Args:
+        dataset: The data set.
+        limit: How many of its pairs to use at most.
+    """
+
+    def __init__(self, dataset: Dataset[StereoSample], limit: int) -> None:
+        self.dataset = dataset
+        self.limit = limit
+
+    def __len__(self) -> int:
+        return min(self.limit, len(self.dataset))  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> StereoSample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        return self.dataset[index]
+
+
+def _open(config: DatasetConfig) -> Dataset[StereoSample]:
+    if config.kind == "rendered":
+        from fa_stereo.data.rendered import RenderedPairs  # reading files needs no renderer
+
+        return RenderedPairs(config.rendered)
+    root = checked_root(config.root, config.kind)
+    if config.kind == "scene_flow":
+        splits = ("train", "test") if config.split == "all" else (config.split,)
+        parts = [SceneFlow(root, split, config.scene_flow) for split in splits]
+        return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+    if config.kind in ("kitti2012", "kitti2015"):
+        return Kitti(root, int(config.kind[-4:]), config.split)
+    if config.kind == "middlebury2014":
+        return Middlebury2014(root, config.split, config.resolution)
+    if config.kind == "middlebury2006":
+        return Middlebury2006(root, config.resolution)
+    if config.kind == "middlebury_v2":
+        return MiddleburyV2(root)
+    if config.kind == "eth3d":
+        return Eth3d(root, config.split)
+    return OwnPairs(root)
+
+
+def checked_root(root: str | None, kind: str) -> Path:
+    """Return the folder of a data set.
+
+    Raises:
+        InputError: It is not given, missing, no folder, or empty.
+    """
+    if not root:
+        raise InputError(f"root is not given: name the folder of {kind} (data/README.md says how it is laid out)")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; data/README.md says where {kind} comes from and how it is laid out"
+        )
+    if not any(folder.iterdir()):
+        raise InputError(f"{folder} is empty; data/README.md says where {kind} comes from and how it is laid out")
+    return folder

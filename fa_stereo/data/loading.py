@@ -1,0 +1,43 @@
+"""How the processes that load pairs are started, in training and in evaluation alike."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import cv2
+import torch
+from torch.utils.data import Dataset
+
+
+def process_options(dataset: Dataset[Any], workers: int) -> dict[str, Any]:
+    """Return the options of a ``DataLoader`` that concern its processes.
+
+    Args:
+        dataset: What they read.
+        workers: How many there are; 0 reads in the process itself.
+    """
+    return {
+        "num_workers": workers,
+        # A forked process cannot use CUDA.
+        "multiprocessing_context": "spawn" if workers and renders_on_gpu(dataset) else None,
+        "worker_init_fn": _prepare,
+        # A generator of its own: the default would draw a number from PyTorch's global random state.
+        "generator": torch.Generator(),
+    }
+
+
+def renders_on_gpu(dataset: Dataset[Any]) -> bool:
+    """Return whether a data set, or the one that it is a part or a view of, renders its pairs on a GPU."""
+    inner = getattr(dataset, "dataset", None)
+    return getattr(dataset, "device", "cpu") == "cuda" or (isinstance(inner, Dataset) and renders_on_gpu(inner))
+
+
+def _prepare(worker: int) -> None:
+    """Make a loader process work alone, and outlive Ctrl-C and a scheduler's SIGTERM to the whole process group.
+
+    The trainer still needs it then, to finish its step; when the trainer itself dies, its workers notice and leave.
+    """
+    cv2.setNumThreads(0)  # the processes share the cores already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,164 @@
+"""From a training checkpoint to weights that travel: averaged, in half precision, with the record of their making.
+
+The record answers what a model card is asked: on what, for how long, where, how exactly and how well the weights were
+trained, and from what they started. A checkpoint holds all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fa_stereo.config import DataConfig, flatten, from_plain
+from fa_stereo.data import open_dataset
+from fa_stereo.data.transforms import TrainingTransform, normalize_images
+from fa_stereo.errors import InputError
+from fa_stereo.machine import available_cores
+from fa_stereo.models.batch_norm import reestimate_batch_norm
+from fa_stereo.models.checkpoint import is_torch_file, load_model, read_record, read_torch_file, save_weights
+from fa_stereo.sampling import StepSampler, TrainingStream, make_loader
+
+_NEEDED = {"model_config", "model", "config", "step", "samples", "validation"}
+_CURVE = ("step", "end_point_error", "bad_1", "bad_3")
+_PATHS = ("output_dir", "root", "init_from", "resume", "unused_files")
+
+
+def training_record(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the weights of a training checkpoint came about, as plain data.
+
+    Args:
+        state: What a checkpoint holds besides tensors: ``config``, ``step``, ``samples``, ``validation``, and, where
+            it is known, ``history``, ``seconds``, ``machines`` and ``started_from``.
+
+    Returns:
+        Optimizer ``steps``, ``samples_seen`` and ``epochs``; the number of ``training_pairs``; ``precision``; whether
+        the weights are ``averaged``; ``hours`` and ``machines``; the last ``validation`` and all of them
+        (``validation_curve``: step, EPE in px, bad-1 and bad-3 in %); every setting by its full key (``training``);
+        and the same of the weights it ``started_from``. What is not known is None; folders are left out.
+    """
+    trainer, steps, seconds = state["config"]["trainer"], state["step"], state.get("seconds")
+    samples = steps * trainer["batch_size"]
+    return {
+        "steps": steps,
+        "samples_seen": samples,
+        "epochs": samples / state["samples"],
+        "training_pairs": state["samples"],
+        "precision": trainer["precision"],
+        "averaged": trainer["ema_decay"] > 0,
+        "hours": None if seconds is None else float(f"{seconds / 3600:.3g}"),
+        "machines": state.get("machines"),
+        "validation": state["validation"],
+        "validation_curve": [[line.get(key) for key in _CURVE] for line in state.get("history", [])],
+        "training": without_paths(state["config"]),
+        "started_from": state.get("started_from"),
+    }
+
+
+def find_record(path: str | Path) -> dict[str, Any]:
+    """Return the record of weights or of a training checkpoint; empty if there is none, as in a foreign file.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    if not is_torch_file(path):
+        return read_record(path)
+    state = read_torch_file(path)
+    return training_record(state) if state.keys() >= _NEEDED else {}
+
+
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration by full key, without the folders of somebody's machine: weights travel."""
+    return {key: value for key, value in flatten(config).items() if key.rpartition(".")[2] not in _PATHS}
+
+
+def export_weights(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    batch_norm_pairs: int = 0,
+    batch_size: int = 8,
+    data_root: str | None = None,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    notes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the weights of a training checkpoint, the averaged ones if there are any, as a file for use.
+
+    Args:
+        checkpoint: A ``.pt`` file of a run, or the run's folder, for its ``last.pt``.
+        output: Where to; ends in ``.safetensors``.
+        dtype: Of all but batch norm, which stays float32.
+        batch_norm_pairs: Estimate batch norm's statistics anew over so many samples of the run's own training data,
+            cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training.
+        batch_size: Samples of a batch for that.
+        data_root: Where the run's training data is now; None is where it was.
+        device: Where to do that.
+        workers: Loader processes for that.
+        notes: What else the record should say, or say otherwise.
+
+    Returns:
+        The record, which the file holds too.
+
+    Raises:
+        InputError: The checkpoint, its data or the output cannot be used, or a weight is not finite in ``dtype``.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    if output.suffix != ".safetensors":
+        raise InputError(f"{output}: name the output *.safetensors")
+    if checkpoint.is_dir():
+        checkpoint = checkpoint / "last.pt"
+        if not checkpoint.is_file():
+            raise InputError(f"{checkpoint}: no such checkpoint: name the folder of a run, or one of its .pt files")
+    model = load_model(checkpoint, device)
+    state = read_torch_file(checkpoint) if is_torch_file(checkpoint) else {}
+    if missing := sorted(_NEEDED - state.keys()):
+        raise InputError(f"{checkpoint}: not a training checkpoint (no {missing[0]!r}): name the last.pt of a run")
+    record = training_record(state)
+    if batch_norm_pairs:
+        data = from_plain(DataConfig, state["config"]["data"], where=f"{checkpoint}: data")
+        if data_root is not None:
+            data.train.root = data_root
+        data.train.rendered.device = "auto"  # not that of the machine it was trained on
+        batches = training_batches(data, state["config"]["trainer"]["seed"], batch_norm_pairs, batch_size, workers)
+        record["batch_norm_pairs"] = reestimate_batch_norm(
+            model, ((left.to(device), right.to(device)) for left, right in batches)
+        )
+    record |= notes or {}
+    try:
+        save_weights(model, output, record, dtype)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror or error}); choose another place") from error
+    return record
+
+
+def training_batches(
+    data: DataConfig, seed: int, pairs: int, batch_size: int, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the samples that a training run begins with, without their ground truth.
+
+    Args:
+        data: The run's data.
+        seed: ``trainer.seed`` of the run.
+        pairs: How many; rounded up to whole batches.
+        batch_size: Samples of a batch.
+        workers: Loader processes, at most one for each core.
+
+    Yields:
+        Normalised left and right pictures, float [B, 3, H, W] each, on the CPU.
+
+    Raises:
+        InputError: A pair cannot be read.
+    """
+    stream = TrainingStream(open_dataset(data.train), TrainingTransform(data.augmentation), seed)
+    sampler = StepSampler(0, -(-pairs // batch_size), batch_size)
+    loader = make_loader(stream, sampler, min(workers, available_cores()), pin_memory=False)
+    for batch in tqdm(loader, desc="batch norm", unit="batch", disable=None, leave=False):
+        if isinstance(batch, Exception):
+            raise batch
+        yield normalize_images(batch["left"]), normalize_images(batch["right"])

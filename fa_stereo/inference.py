@@ -1,0 +1,313 @@
+"""From two pictures to disparity: uint8 arrays in, float32 array out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fa_stereo.compilation import compile_network
+from fa_stereo.config import INFERENCE_PRECISIONS
+from fa_stereo.cuda_graph import GraphedNetwork, Network
+from fa_stereo.data.transforms import normalize_images
+from fa_stereo.errors import InputError
+from fa_stereo.models.checkpoint import load_model
+from fa_stereo.models.optimized import DTYPES, cpu_computes_bfloat16, cpu_computes_float16, optimize_for_inference
+from fa_stereo.models.psmnet import PSMNet
+from fa_stereo.tiling import choose_band_height, predict_in_bands
+from fa_stereo.weights import find_checkpoint
+
+MINIMUM_SIZE_PX = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a predictor returns for one pair.
+
+    Attributes:
+        disparity: Of the left view, float32 [H, W], in pixels: ``x_right = x_left - disparity``.
+        seconds: Time from the arrays to the result, moving data to and from the device included.
+        device: Where it was computed, e.g. ``cpu`` or ``cuda:0``.
+        precision: What it was computed with: fp32, bf16, fp16 or mixed.
+    """
+
+    disparity: NDArray[np.float32]
+    seconds: float
+    device: str
+    precision: str
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """Return the device to compute on.
+
+    Args:
+        device: ``auto`` (CUDA where there is a GPU that PyTorch can use), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: The device is unknown, or is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device must be auto, cpu or cuda, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {str(device)!r}")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise InputError(f"device {str(device)!r} is not there (PyTorch sees {count} CUDA devices): use device cpu")
+    return chosen
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Return the precision to compute with.
+
+    Args:
+        precision: fp32, bf16, fp16, mixed (features in fp32, what follows in bf16), or ``auto``: fp16 on CUDA and on
+            CPUs that multiply float16 matrices, mixed on those that multiply bfloat16, else fp32. Both move disparity
+            by a hundredth of a pixel or so. Never bf16, which is faster, but moves it several times as far.
+        device: Where the network runs.
+
+    Raises:
+        InputError: The precision is unknown.
+    """
+    if precision == "auto":
+        if device.type == "cuda" or cpu_computes_float16():
+            return "fp16"
+        return "mixed" if cpu_computes_bfloat16() else "fp32"
+    if precision not in INFERENCE_PRECISIONS:
+        raise InputError(f"precision must be one of auto, {', '.join(INFERENCE_PRECISIONS)}, got {precision!r}")
+    return precision
+
+
+class DisparityPredictor:
+    """Predicts the disparity of the left view of rectified pairs.
+
+    It holds no state between calls, so several threads may share one.
+
+    Examples:
+        >>> from fa_stereo.config import ModelConfig
+        >>> from fa_stereo.models.psmnet import build_model
+        >>> predictor = DisparityPredictor(build_model(ModelConfig(base_channels=8, max_disparity=32)), device="cpu")
+        >>> picture = np.zeros((40, 60, 3), np.uint8)
+        >>> predictor(picture, picture).disparity.shape
+        (40, 60)
+
+    Attributes:
+        model: The network, in eval mode, on ``device``. What runs is a faster copy of it as it was at first: see
+            ``fa_stereo.models.optimized``.
+        device: Where it runs.
+        precision: fp32, bf16, fp16 or mixed (scores, softmax and regression stay fp32). A pair whose result is
+            not finite is computed again in fp32, and its ``Prediction`` says so.
+        scale: Pictures are resized by this factor first, and disparity is brought back to their size.
+        band_height: Rows computed at a time in pixels; None for all.
+        memory_gb: Choose the band height for each pair so that it takes about this much memory at most; None for any.
+        compile: Whether features and aggregation are compiled; see ``fa_stereo.compilation``.
+        cuda_graph: Whether pairs of repeated sizes run as a CUDA graph; see ``fa_stereo.cuda_graph``.
+    """
+
+    def __init__(
+        self,
+        model: PSMNet,
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        *,
+        scale: float = 1.0,
+        band_height: int | None = None,
+        memory_gb: float | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        """Take over a network: it is moved to the device and put into eval mode.
+
+        Args:
+            model: A network on normalised [B, 3, H, W] pictures, as ``load_model`` or ``build_model`` return it.
+            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``mixed``; see ``choose_precision``.
+            scale: Predict at another size: 0.5 takes an eighth of the time and memory and sees twice the disparity.
+            band_height: Rows computed at a time, a multiple of 16, for large pictures; see ``fa_stereo.tiling``.
+            memory_gb: Instead, the memory that a pair may take, in GB, besides the process itself.
+            compile: Compile the network for every size of picture (up to eight): a minute each, no gain on the CPU.
+            cuda_graph: From the second pair of a size in a row on, launch all of the network's kernels at once. On a
+                GPU, and for whole pictures, not bands; without effect elsewhere. Keeps the memory of two sizes.
+
+        Raises:
+            InputError: The device or the precision is unknown or unavailable, there is no compiler, or another value is
+                refused.
+        """
+        self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
+        if not 0 < scale < math.inf:
+            raise InputError(f"the scale must be positive, got {scale}")
+        if band_height is not None and (band_height <= 0 or band_height % 16):
+            raise InputError(f"the rows of a tile must be a positive multiple of 16, got {band_height}")
+        if memory_gb is not None and not memory_gb > 0:
+            raise InputError(f"the memory must be a positive number of GB, got {memory_gb}")
+        self.scale, self.band_height, self.memory_gb = scale, band_height, memory_gb
+        self.compile, self.cuda_graph = compile, cuda_graph
+        self.model = model.to(self.device).eval()
+        self._networks = {self.precision: self._build_networks(self.precision)}
+
+    def __call__(self, left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Prediction:
+        """Predict one pair.
+
+        Args:
+            left: uint8 RGB [H, W, 3], at least 16x16; a grey picture [H, W] counts as RGB with equal channels. Any
+                memory order, contiguous or not; never modified.
+            right: Likewise, of the same size.
+
+        Raises:
+            InputError: An array has another type or shape, the views differ in size, memory does not suffice, or the
+                network's result is not finite.
+        """
+        start = time.perf_counter()
+        views = check_pair(left, right)
+        height, width = views[0].shape[:2]
+        if self.scale != 1:
+            views = _resize_pair(*views, self.scale)
+        pair = torch.from_numpy(np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2)))  # [2, 3, H, W]
+        precision = self.precision
+        try:
+            disparity = self._predict(pair, precision)
+            if precision != "fp32" and not np.isfinite(disparity).all():
+                precision = "fp32"  # activations that float16 cannot hold
+                disparity = self._predict(pair, precision)
+            if not np.isfinite(disparity).all():
+                raise InputError("the network's disparity is not finite: its weights are damaged; load others")
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"not enough memory on {self.device} for {width}x{height} pictures: use smaller ones, or a smaller "
+                "maximum disparity"
+            ) from error
+        if self.scale != 1:
+            # Disparity in pixels of the smaller picture, each of which is width / disparity width pixels wide.
+            stretched = cv2.resize(disparity, (width, height), interpolation=cv2.INTER_LINEAR)
+            disparity = stretched * np.float32(width / disparity.shape[1])
+        return Prediction(disparity, time.perf_counter() - start, str(self.device), precision)
+
+    def _build_networks(self, precision: str) -> tuple[PSMNet, Network]:
+        """Return the network, and what to call with whole pictures."""
+        network = optimize_for_inference(self.model, precision)
+        if self.compile:
+            compile_network(network)
+        return network, GraphedNetwork(network) if self.cuda_graph else network
+
+    @torch.inference_mode()
+    def _predict(self, pair: torch.Tensor, precision: str) -> NDArray[np.float32]:
+        """Return disparity [H, W] for both views as uint8 [2, 3, H, W]."""
+        left, right = normalize_images(pair.to(self.device)).chunk(2)  # [1, 3, H, W] each
+        if precision not in self._networks:
+            self._networks[precision] = self._build_networks(precision)
+        network, whole = self._networks[precision]
+        band_height = self.band_height
+        if self.memory_gb is not None:
+            band_height = choose_band_height(
+                network.config,
+                left.shape[2],
+                left.shape[3],
+                int(self.memory_gb * 1e9),
+                bytes_per_value=4 if precision == "mixed" else DTYPES[precision].itemsize,
+            )
+        if band_height is None:
+            disparity = whole(left, right)  # [1, H, W]
+        else:
+            disparity = predict_in_bands(network, left, right, band_height)
+        result: NDArray[np.float32] = disparity[0].float().cpu().numpy()
+        return result
+
+
+def load_predictor(
+    weights: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    max_disparity: int | None = None,
+    *,
+    scale: float = 1.0,
+    band_height: int | None = None,
+    memory_gb: float | None = None,
+    compile: bool = False,
+    cuda_graph: bool = False,
+) -> DisparityPredictor:
+    """Load weights and return a predictor.
+
+    Args:
+        weights: ``small`` or ``full`` (bundled), the path of a checkpoint, or None: the full model on CUDA if it is
+            bundled, else the small one.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``mixed``.
+        max_disparity: Search up to this many pixels (exclusive, a multiple of 16) instead of the range the weights
+            were trained for. Results beyond the trained range are poor.
+        scale: As for ``DisparityPredictor``, like the following.
+        band_height: Rows computed at a time, for large pictures.
+        memory_gb: Memory that a pair may take.
+        compile: Compile the network.
+        cuda_graph: On a GPU, launch its kernels at once for pairs of repeated sizes.
+
+    Raises:
+        InputError: The weights are not there or are not this network's, or another value is refused.
+    """
+    chosen = choose_device(device)
+    choose_precision(precision, chosen)  # refuse a wrong value before reading a large file
+    model = load_model(find_checkpoint(weights, chosen), device=chosen)
+    if max_disparity is not None:
+        # No parameter depends on the range: only the depth of the cost volume does.
+        model.config = dataclasses.replace(model.config, max_disparity=max_disparity)
+    return DisparityPredictor(
+        model, chosen, precision,
+        scale=scale, band_height=band_height, memory_gb=memory_gb, compile=compile, cuda_graph=cuda_graph,
+    )  # fmt: skip
+
+
+def check_pair(left: Any, right: Any) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return both views as uint8 [H, W, 3] of one size.
+
+    Raises:
+        InputError: They are anything else, or smaller than 16x16.
+    """
+    views = []
+    for name, picture in (("left", left), ("right", right)):
+        if not isinstance(picture, np.ndarray):
+            raise InputError(f"{name} must be a numpy array, got {type(picture).__name__}")
+        if picture.dtype != np.uint8:
+            raise InputError(f"{name} must be uint8 with values 0 to 255, got {picture.dtype}")
+        if picture.ndim == 2:
+            picture = np.repeat(picture[..., None], 3, axis=2)
+        if picture.ndim != 3 or picture.shape[2] != 3:
+            raise InputError(f"{name} must be RGB [H, W, 3] or grey [H, W], got shape {list(picture.shape)}")
+        views.append(picture)
+    if views[0].shape != views[1].shape:
+        sizes = " and ".join(f"{view.shape[1]}x{view.shape[0]}" for view in views)
+        raise InputError(f"the views of a pair must have one size, got {sizes}")
+    height, width = views[0].shape[:2]
+    if min(height, width) < MINIMUM_SIZE_PX:
+        raise InputError(f"pictures must be at least {MINIMUM_SIZE_PX}x{MINIMUM_SIZE_PX}, got {width}x{height}")
+    return views[0], views[1]
+
+
+def _resize_pair(
+    left: NDArray[np.uint8], right: NDArray[np.uint8], scale: float
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    height, width = (round(scale * side) for side in left.shape[:2])
+    if min(height, width) < MINIMUM_SIZE_PX:
+        raise InputError(f"at scale {scale:g} the pictures are {width}x{height}, too small: choose a larger scale")
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    resized = [np.asarray(cv2.resize(np.ascontiguousarray(view), (width, height), interpolation=method), np.uint8)
+               for view in (left, right)]  # fmt: skip
+    return resized[0], resized[1]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether the allocator of a GPU or of the CPU gave up (the latter has no exception type of its own)."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

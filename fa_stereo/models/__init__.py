@@ -1,0 +1,1 @@
+"""The network: features, cost volume, aggregation, regression, and their assembly."""

@@ -1,0 +1,187 @@
+"""Matching features of both views, side by side, for every disparity (PSMNet, section 3.3), and its first convolution.
+
+The first 3-D convolution over the concatenated volume can be done without the volume. Write x for the column, d for the
+disparity, and delta = x - d for the column of the right view that (x, d) looks at. A tap (a, b) of the kernel, a over
+disparity and b over columns in {-1, 0, 1}, meets a non-zero entry iff ``0 <= d + a < D``, ``delta >= a - b`` and
+``x + b < W``. Therefore:
+
+- Left half. The volume does not depend on d where it is not masked, so the taps over a add up into 2-D kernels: one for
+  the middle disparities and one for each end (d = 0 lacks a = -1, d = D - 1 lacks a = +1) wherever delta >= 2; and for
+  each delta in {-2, -1, 0, 1} the sum over the surviving taps, needed on one column per disparity.
+- Right half. ``right[x + b - (d + a)] = right[delta + j]`` with j = b - a in {-2..2}: a 3x5 convolution of the right
+  features, again one for the middle and one for each end, read out sheared by d. The last column lacks b = +1.
+
+What is left per disparity is one addition of two maps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_EDGE = (-2, -1, 0, 1)
+"""Values of delta = x - d at which some but not all taps of the left half survive."""
+
+
+def build_cost_volume(left: Tensor, right: Tensor, disparities: int) -> Tensor:
+    """Concatenate left features with right features shifted by each disparity.
+
+    ``volume[:, :C, d, y, x] = left[:, :, y, x]`` and ``volume[:, C:, d, y, x] = right[:, :, y, x - d]`` where
+    ``x >= d``; both are zero where ``x < d``.
+
+    Args:
+        left: [B, C, H, W].
+        right: [B, C, H, W].
+        disparities: D, in cells of this resolution.
+
+    Returns:
+        [B, 2C, D, H, W].
+    """
+    batch, channels, height, width = left.shape
+    volume = left.new_zeros(batch, 2 * channels, disparities, height, width)
+    for d in range(min(disparities, width)):
+        volume[:, :channels, d, :, d:] = left[..., d:]
+        volume[:, channels:, d, :, d:] = right[..., : width - d]
+    return volume
+
+
+def convolve_cost_volume_reference(
+    left: Tensor, right: Tensor, weight: Tensor, disparities: int, bias: Tensor | None = None
+) -> Tensor:
+    """Build the volume, then convolve it: what ``convolve_cost_volume`` computes, written plainly."""
+    return F.conv3d(build_cost_volume(left, right, disparities), weight, bias, padding=1)
+
+
+def convolve_cost_volume(
+    left: Tensor, right: Tensor, weight: Tensor, disparities: int, bias: Tensor | None = None
+) -> Tensor:
+    """Convolve the cost volume without building it; the same function as ``convolve_cost_volume_reference``.
+
+    Args:
+        left: Features [B, C, H, W].
+        right: Features [B, C, H, W].
+        weight: Kernel [O, 2C, 3, 3, 3] over (disparity, row, column); stride 1, padding 1.
+        disparities: D >= 2, in cells of this resolution.
+        bias: [O] or None.
+
+    Returns:
+        [B, O, D, H, W], in channels_last_3d memory.
+    """
+    channels, width = left.shape[1], left.shape[3]
+    left_taps, right_taps = weight[:, :channels], weight[:, channels:]  # [O, C, a, row, b]
+    # The surviving a at d = 0, in the middle, and at d = D - 1: one group of O output channels each.
+    ends = ((0, 1), (-1, 0, 1), (-1, 0))
+
+    # Left half where delta >= 2.
+    kernels = torch.cat([_left_kernel(left_taps, end, delta=2) for end in ends])  # [3 O, C, 3, 3]
+    full = F.conv2d(left, kernels, None if bias is None else bias.repeat(3), padding=1)  # [B, 3 O, H, W]
+
+    # Left half where delta is in _EDGE: column x = d + delta, so the first D + 1 columns are enough.
+    kernels = torch.cat([_left_kernel(left_taps, end, delta) for end in ends for delta in _EDGE])  # [12 O, C, 3, 3]
+    columns = min(disparities + 1, width)
+    edge = F.conv2d(left[..., : columns + 1], kernels, None if bias is None else bias.repeat(12), padding=1)
+    edge = edge[..., :columns]  # [B, 12 O, H, columns]
+
+    # Right half: entry i of the last dimension is delta = i - 2.
+    kernels = torch.cat([_right_kernel(right_taps, end, (-1, 0, 1)) for end in ends])  # [3 O, C, 3, 5]
+    padded = F.pad(right, (2, 0))
+    sheared = F.conv2d(padded, kernels, padding=(1, 2))  # [B, 3 O, H, W + 2]
+
+    # Right half at x = W - 1: delta = W - 1 - d, so the last D entries are enough (and the kernel's reach).
+    kernels = torch.cat([_right_kernel(right_taps, end, (-1, 0)) for end in ends])
+    columns = min(disparities, width + 2)
+    last = F.conv2d(padded[..., -(columns + 2) :], kernels, padding=(1, 2))[..., -columns:]  # [B, 3 O, H, columns]
+
+    out: Tensor = _Assemble.apply(full, edge, sheared, last, bias, disparities)
+    return out
+
+
+def _left_kernel(taps: Tensor, end: tuple[int, ...], delta: int) -> Tensor:
+    """Sum taps [O, C, a, row, b] over the a of ``end`` with a - b <= delta: [O, C, row, b]."""
+    keep = [[float(a in end and a - b <= delta) for b in (-1, 0, 1)] for a in (-1, 0, 1)]
+    mask = torch.tensor(keep, dtype=taps.dtype, device=taps.device)  # [a, b]
+    return (taps * mask[:, None, :]).sum(2)
+
+
+def _right_kernel(taps: Tensor, end: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
+    """Collect taps [O, C, a, row, b], a in ``end`` and b in ``columns``, by j = b - a: [O, C, row, j]."""
+    kernels = []
+    for j in (-2, -1, 0, 1, 2):
+        pairs = [(a, a + j) for a in end if a + j in columns]
+        terms = [taps[:, :, a + 1, :, b + 1] for a, b in pairs]
+        kernels.append(sum(terms[1:], terms[0]) if terms else torch.zeros_like(taps[:, :, 0, :, 0]))
+    return torch.stack(kernels, dim=-1)
+
+
+class _Assemble(torch.autograd.Function):
+    """Add the parts of ``convolve_cost_volume`` up, disparity by disparity."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, full: Tensor, edge: Tensor, sheared: Tensor, last: Tensor, bias: Tensor | None, disparities: int
+    ) -> Tensor:
+        batch, channels, height, width = full.shape
+        channels //= 3
+        ctx.shapes = full.shape, edge.shape, sheared.shape, last.shape, channels
+        ctx.has_bias = bias is not None
+        out = full.new_empty(batch, disparities, height, width, channels).permute(0, 4, 1, 2, 3)
+        for d in range(disparities):
+            group = _group(d, disparities, channels)
+            row = out[:, :, d]  # [B, O, H, W]
+            masked = min(max(d - 2, 0), width)  # nothing but the bias where delta < -2
+            row[..., :masked] = 0 if bias is None else bias[:, None, None]
+            if d + 2 < width:
+                torch.add(full[:, group, :, d + 2 :], sheared[:, group, :, 4 : width + 2 - d], out=row[..., d + 2 :])
+            for index, delta in enumerate(_EDGE):
+                if 0 <= d + delta < width:
+                    torch.add(
+                        edge[:, _edge_group(group, index), :, d + delta],
+                        sheared[:, group, :, delta + 2],
+                        out=row[..., d + delta],
+                    )
+            if width + 1 - d >= 0:  # the last column was given the b = +1 taps of the right half: take them back
+                row[..., -1] += last[:, group, :, last.shape[3] - 1 - d] - sheared[:, group, :, width + 1 - d]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        *shapes, channels = ctx.shapes
+        disparities, width = grad.shape[2], grad.shape[4]
+        accumulate = torch.promote_types(grad.dtype, torch.float32)
+        full, edge, sheared, last = (
+            torch.zeros(shape, dtype=accumulate, device=grad.device).contiguous(memory_format=torch.channels_last)
+            for shape in shapes
+        )
+        bias = torch.zeros(channels, dtype=accumulate, device=grad.device) if ctx.has_bias else None
+        for d in range(disparities):
+            group = _group(d, disparities, channels)
+            row = grad[:, :, d]
+            if bias is not None:
+                bias += row[..., : min(max(d - 2, 0), width)].sum((0, 2, 3))
+            if d + 2 < width:
+                full[:, group, :, d + 2 :] += row[..., d + 2 :]
+            start = max(d - 2, 0)  # every column with delta >= -2, but the last column reads another kernel
+            if start < width - 1:
+                sheared[:, group, :, start - d + 2 : width + 1 - d] += row[..., start : width - 1]
+            for index, delta in enumerate(_EDGE):
+                if 0 <= d + delta < width:
+                    edge[:, _edge_group(group, index), :, d + delta] += row[..., d + delta]
+            if width + 1 - d >= 0:
+                last[:, group, :, last.shape[3] - 1 - d] += row[..., -1]
+        gradients = [None if g is None else g.to(grad.dtype) for g in (full, edge, sheared, last, bias)]
+        return (*gradients, None)
+
+
+def _group(d: int, disparities: int, channels: int) -> slice:
+    """Return the output channels of disparity d: those of the first, the middle or the last."""
+    end = 0 if d == 0 else 2 if d == disparities - 1 else 1
+    return slice(end * channels, (end + 1) * channels)
+
+
+def _edge_group(group: slice, index: int) -> slice:
+    channels = group.stop - group.start
+    start = group.start * len(_EDGE) + index * channels
+    return slice(start, start + channels)

@@ -1,0 +1,150 @@
+"""PSMNet with attention slots, assembled: FA-PSMNet is ``ModelConfig()``, PSMNet the same with attention ``none``.
+
+Legend: B batch, H x W picture in pixels, c base channels (32), D maximum disparity in pixels (192, exclusive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fa_stereo.config import ModelConfig
+from fa_stereo.errors import InputError
+from fa_stereo.models.aggregation import BasicAggregation, StackedHourglass
+from fa_stereo.models.features import FeatureExtractor
+from fa_stereo.models.recomputation import Run, call, recompute
+from fa_stereo.models.regression import regress_disparity, regress_disparity_reference
+
+SIZE_MULTIPLE = 16
+"""Heights and widths the network works on: quarter resolution, then two halvings."""
+
+Score = Callable[[Tensor, Tensor], list[Tensor]]
+"""From the features of both views, [B, c, H/4, W/4] each, to scores [B, D/4, H/4, W/4]."""
+
+
+class StereoOutput(NamedTuple):
+    """What the network returns in training mode: one entry per supervised output, the best last.
+
+    Attributes:
+        disparities: In pixels, float32, each [B, H, W].
+        logits: Scores before upsampling, each [B, D/4, H/4, W/4], higher = better.
+    """
+
+    disparities: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
+
+
+class PSMNet(nn.Module):
+    """Pyramid stereo matching network with attention slots.
+
+    | step | output |
+    |---|---|
+    | features of each view (shared weights) | [B, c, H/4, W/4] |
+    | first convolutions over the cost volume (which is not stored) | [B, c, D/4, H/4, W/4] |
+    | aggregation | logits [B, D/4, H/4, W/4] (three in training) |
+    | regression | disparity [B, H, W] |
+
+    Attributes:
+        config: The model configuration; stored in every checkpoint.
+        plain: Store the cost volume and the upsampled score volume, as the formulas read. Slower, several times the
+            memory, the same function: the reference that the default is held against.
+        volume_dtype: Type that the features are converted to for the cost volume; None leaves them as they are.
+        activation_checkpointing: In training, keep the inputs of each part only and compute it again in the backward
+            pass: less memory for about a third more time, the same gradients.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.plain = False
+        self.volume_dtype: torch.dtype | None = None
+        self.activation_checkpointing = False
+        self.features = FeatureExtractor(config)
+        self.aggregation: StackedHourglass | BasicAggregation
+        self.aggregation = (
+            StackedHourglass(config) if config.aggregation == "stacked_hourglass" else BasicAggregation(config)
+        )
+
+    def forward(self, left: Tensor, right: Tensor, *, score: Score | None = None) -> Tensor | StereoOutput:
+        """Estimate the left view's disparity.
+
+        Sizes that are no multiples of 16 are padded with zeros at the top and the right, as PSMNet's evaluation does
+        with its normalised pictures, and the result is cropped back.
+
+        Args:
+            left: Normalised picture, float [B, 3, H, W]; H and W at least 16.
+            right: Likewise.
+            score: What turns features into scores instead of ``self.score``, to do so in pieces for example.
+
+        Returns:
+            In eval mode disparity in pixels, float32 [B, H, W]; in training mode a ``StereoOutput``.
+
+        Raises:
+            InputError: The views differ in size, or are smaller than 16x16.
+        """
+        if left.shape != right.shape or left.dim() != 4 or left.shape[1] != 3:
+            raise InputError(
+                f"left and right must both be [B, 3, H, W] of one size, got {list(left.shape)} and {list(right.shape)}"
+            )
+        height, width = left.shape[-2:]
+        if min(height, width) < SIZE_MULTIPLE:
+            raise InputError(f"pictures must be at least {SIZE_MULTIPLE}x{SIZE_MULTIPLE} pixels, got {width}x{height}")
+        top, right_margin = -height % SIZE_MULTIPLE, -width % SIZE_MULTIPLE
+        if top or right_margin:
+            left, right = (F.pad(image, (0, right_margin, top, 0)) for image in (left, right))
+        padded_height, padded_width = left.shape[-2:]
+
+        logits = (score or self.score)(*self.extract_features(left, right))
+        regress = regress_disparity_reference if self.plain else regress_disparity
+        disparities = tuple(
+            regress(
+                scores,
+                self.config.max_disparity,
+                padded_height,
+                padded_width,
+                align_corners=self.config.align_corners,
+            )[:, top:, :width]
+            for scores in logits
+        )
+        return StereoOutput(disparities, tuple(logits)) if self.training else disparities[-1]
+
+    def extract_features(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Return matching features [B, c, H/4, W/4] of both views [B, 3, H, W], whose sizes are multiples of 16."""
+        dtype = self.features.projection.weight.dtype
+        run = self._run()
+        if self.training or left.device.type == "cpu":
+            # One pass per view, as PSMNet trains: batch norm takes its statistics from each view by itself. A CPU is
+            # busy with one view anyway, in half the memory.
+            return self.features(left.to(dtype), run=run), self.features(right.to(dtype), run=run)
+        both = self.features(torch.cat([left, right]).to(dtype), run=run)
+        left_features, right_features = both.chunk(2)
+        return left_features, right_features
+
+    def score(self, left_features: Tensor, right_features: Tensor) -> list[Tensor]:
+        """Return scores [B, D/4, H/4, W/4], one for each supervised output in training mode, else the last alone."""
+        run = self._run()
+        if self.volume_dtype is not None:
+            left_features, right_features = (view.to(self.volume_dtype) for view in (left_features, right_features))
+        disparities = self.config.max_disparity // 4
+        volume = run(self.aggregation.entry, left_features, right_features, disparities, plain=self.plain)
+        scores: list[Tensor] = self.aggregation(volume, plain=self.plain, run=run)
+        return scores
+
+    def _run(self) -> Run:
+        return recompute if self.activation_checkpointing and torch.is_grad_enabled() else call
+
+
+def build_model(config: ModelConfig | None = None) -> PSMNet:
+    """Build the network with fresh weights; FA-PSMNet by default.
+
+    Examples:
+        >>> from fa_stereo.config import AttentionConfig
+        >>> psmnet = build_model(ModelConfig(attention=AttentionConfig(kind="none")))
+        >>> sum(parameter.numel() for parameter in psmnet.parameters())
+        5224768
+    """
+    return PSMNet(config if config is not None else ModelConfig())

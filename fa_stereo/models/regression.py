@@ -1,0 +1,269 @@
+"""From quarter-resolution scores to disparity in pixels (PSMNet, eq. 3).
+
+The upsampled score volume [B, D, H, W] need not exist at once. Trilinear upsampling is linear and separable: columns
+are interpolated first, at low disparity resolution; then, a band of rows at a time, rows are interpolated, and what is
+left of each pixel is a column of D/4 scores, from which ``_AnyDepths`` or ``_QuarterDepths`` compute softmax and
+expectation over D. The backward pass computes the band again: with ``p`` the softmax and ``disparity = sum_d d p_d``,
+the gradient of a score is ``p_d (d - disparity)``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BAND_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Scores [b, D/4, W] in one band; on the CPU for each thread: few enough for a cache, enough to be worth a call."""
+
+_GREATEST_SPAN = 140.0
+"""How far apart the scores of a pixel may lie for float32 to hold exp(±span / 2) and what is made of it."""
+
+
+def regress_disparity_reference(
+    logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool
+) -> Tensor:
+    """Upsample all scores, then softmax and expectation: what ``regress_disparity`` computes, written plainly."""
+    scores = F.interpolate(
+        _at_least_float32(logits).unsqueeze(1),
+        (max_disparity, height, width),
+        mode="trilinear",
+        align_corners=align_corners,
+    ).squeeze(1)  # [B, D, H, W]
+    probabilities = torch.softmax(scores, dim=1)
+    values = torch.arange(max_disparity, device=logits.device, dtype=probabilities.dtype)
+    return (probabilities * values[:, None, None]).sum(1)
+
+
+def regress_disparity(logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool) -> Tensor:
+    """Upsample scores to full resolution, take the softmax over disparity and its expectation.
+
+    ``disparity[y, x] = sum_d d softmax_d(upsampled[d, y, x])``; higher scores mean better matches. The same function
+    as ``regress_disparity_reference``, without the volume.
+
+    Args:
+        logits: Scores [B, D/4, H/4, W/4].
+        max_disparity: D, in pixels.
+        height: H, in pixels.
+        width: W, in pixels.
+        align_corners: Convention of the trilinear upsampling; it belongs to the weights.
+
+    Returns:
+        Disparity in pixels, float32 (float64 for float64 logits) [B, H, W].
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _at_least_float32(logits)
+        kernel = _triton_regression(logits.device) if logits.is_cuda and logits.dtype == torch.float32 else None
+        if kernel is not None:
+            sizes = zip(logits.shape[1:], (max_disparity, height, width), strict=True)
+            matrices = [interpolation_matrix(*size, logits, align_corners=align_corners) for size in sizes]
+            disparity: Tensor = kernel(logits, *matrices)
+        else:
+            disparity = _Regression.apply(logits, max_disparity, height, width, align_corners)
+    return disparity
+
+
+@cache
+def _triton_regression(device: torch.device) -> Callable[..., Tensor] | None:
+    """Return the fused kernel if Triton is there and compiles it for this GPU, else None."""
+    try:
+        from fa_stereo.models.regression_triton import TritonRegression
+
+        matrix = torch.tensor([[1.0], [1.0]], device=device)
+        TritonRegression.apply(torch.zeros(1, 1, 1, 1, device=device), matrix, matrix, matrix)
+    except ImportError:
+        return None
+    except Exception as error:  # whatever a compiler and a driver that do not fit each other come up with
+        warnings.warn(f"Triton does not work here, disparity regression is slower without it: {error}", stacklevel=3)
+        return None
+    apply: Callable[..., Tensor] = TritonRegression.apply
+    return apply
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def interpolation_matrix(inputs: int, outputs: int, like: Tensor, *, align_corners: bool) -> Tensor:
+    """Return linear interpolation from ``inputs`` to ``outputs`` samples as a matrix [outputs, inputs]."""
+    identity = torch.eye(inputs, dtype=torch.float64, device=like.device)
+    matrix = F.interpolate(identity[None], outputs, mode="linear", align_corners=align_corners)[0].T
+    return matrix.to(like.dtype).contiguous()
+
+
+class _Regression(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, max_disparity: int, height: int, width: int, align_corners: bool) -> Tensor:
+        bands = _Bands(logits, max_disparity, height, width, align_corners)
+        disparity = logits.new_empty(logits.shape[0], height, width)
+        for sample, rows in bands.positions():
+            disparity[sample, rows] = bands.depths(sample, rows).expectation(bands.scores(sample, rows))
+        ctx.save_for_backward(logits, disparity)
+        ctx.arguments = max_disparity, height, width, align_corners
+        return disparity
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, disparity = ctx.saved_tensors
+        with torch.autocast(logits.device.type, enabled=False):
+            bands = _Bands(logits, *ctx.arguments)
+            for sample, rows in bands.positions():
+                depths = bands.depths(sample, rows)
+                scores_grad = depths.gradient(bands.scores(sample, rows), disparity[sample, rows], grad[sample, rows])
+                bands.scores_backward(sample, rows, scores_grad)
+            return bands.logits_grad(), None, None, None, None
+
+
+class _Bands:
+    """The scores of every pixel at low disparity resolution, a band of rows of one sample at a time."""
+
+    def __init__(self, logits: Tensor, max_disparity: int, height: int, width: int, align_corners: bool) -> None:
+        batch, depths, rows, columns = logits.shape
+        self.column_matrix = interpolation_matrix(columns, width, logits, align_corners=align_corners)  # [W, W/4]
+        self.row_matrix = interpolation_matrix(rows, height, logits, align_corners=align_corners)  # [H, H/4]
+        largest, smallest = logits.amax(1, keepdim=True), logits.amin(1, keepdim=True)
+        # The softmax does not see what all scores of a pixel have in common: put them around zero.
+        centered = (logits - (largest + smallest) / 2).transpose(1, 2)  # [B, H/4, D/4, W/4]
+        self.columns = F.interpolate(centered.flatten(0, 1), width, mode="linear", align_corners=align_corners)
+        self.columns = self.columns.view(batch, rows, depths, width)
+        self.columns_grad: Tensor | None = None
+        self.any_depths = _AnyDepths(depths, max_disparity, logits, align_corners=align_corners)
+        self.quarter_depths: _QuarterDepths | None = None
+        if logits.device.type == "cpu" and max_disparity == 4 * depths and not align_corners:
+            self.quarter_depths = _QuarterDepths(depths, logits)
+            self.narrow = ((largest - smallest).amax((1, 3)) <= _GREATEST_SPAN).tolist()  # of each coarse row [B, H/4]
+        elements = _BAND_ELEMENTS["cuda"]
+        if logits.device.type == "cpu":
+            elements = _BAND_ELEMENTS["cpu"] * torch.get_num_threads()
+        self.band_height = max(1, elements // (depths * width))
+        touched = self.row_matrix != 0
+        self.first = touched.int().argmax(1).tolist()  # first and last coarse row that each row reads
+        self.last = (rows - 1 - touched.flip(1).int().argmax(1)).tolist()
+
+    def positions(self) -> list[tuple[int, slice]]:
+        batch, height = self.columns.shape[0], self.row_matrix.shape[0]
+        starts = range(0, height, self.band_height)
+        rows = [slice(start, min(start + self.band_height, height)) for start in starts]
+        return [(sample, band) for sample in range(batch) for band in rows]
+
+    def _coarse_rows(self, rows: slice) -> slice:
+        return slice(self.first[rows.start], self.last[rows.stop - 1] + 1)
+
+    def depths(self, sample: int, rows: slice) -> _AnyDepths | _QuarterDepths:
+        """Return what computes the softmax of a band."""
+        if self.quarter_depths is not None and all(self.narrow[sample][self._coarse_rows(rows)]):
+            return self.quarter_depths
+        return self.any_depths
+
+    def scores(self, sample: int, rows: slice) -> Tensor:
+        """Return the scores of a band: [b, D/4, W]."""
+        coarse = self._coarse_rows(rows)
+        band = self.row_matrix[rows, coarse] @ self.columns[sample, coarse].flatten(1)
+        return band.view(-1, *self.columns.shape[2:])
+
+    def scores_backward(self, sample: int, rows: slice, grad: Tensor) -> None:
+        """Add the gradient of a band's scores [b, D/4, W] to that of ``columns``."""
+        if self.columns_grad is None:
+            self.columns_grad = torch.zeros_like(self.columns)
+        coarse = self._coarse_rows(rows)
+        self.columns_grad[sample, coarse].flatten(1).addmm_(self.row_matrix[rows, coarse].T, grad.flatten(1))
+
+    def logits_grad(self) -> Tensor:
+        """Return the gradient of the logits [B, D/4, H/4, W/4]."""
+        # That of the centering is nothing: the gradients of a pixel's scores add up to zero.
+        assert self.columns_grad is not None
+        return (self.columns_grad @ self.column_matrix).transpose(1, 2)
+
+
+class _AnyDepths:
+    """Softmax over interpolated scores, by the interpolation matrix [D, D/4]."""
+
+    def __init__(self, depths: int, max_disparity: int, like: Tensor, *, align_corners: bool) -> None:
+        self.matrix = interpolation_matrix(depths, max_disparity, like, align_corners=align_corners)
+        values = torch.arange(max_disparity, device=like.device, dtype=like.dtype)
+        self.moments = torch.stack([torch.ones_like(values), values])  # [2, D]
+
+    def _exponentials(self, scores: Tensor) -> Tensor:
+        """Interpolate scores and exponentiate them less their largest: [b, D/4, W] -> [b, D, W]."""
+        scores = self.matrix @ scores
+        # exp(-80) is nothing beside the largest, 1, but not yet a denormal number, of which processors make slow work.
+        return scores.sub_(scores.amax(1, keepdim=True)).clamp_(min=-80).exp_()
+
+    def expectation(self, scores: Tensor) -> Tensor:
+        """Return the disparity [b, W] of scores [b, D/4, W]."""
+        total, first_moment = (self.moments @ self._exponentials(scores)).unbind(1)  # sums over d of e_d and d e_d
+        return first_moment / total
+
+    def gradient(self, scores: Tensor, disparity: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of scores [b, D/4, W] whose disparity [b, W] has the gradient ``grad``."""
+        weights = self._exponentials(scores)
+        weights *= grad[:, None] / (self.moments[:1] @ weights)  # g p_d
+        weights *= self.moments[1][:, None] - disparity[:, None]  # g p_d (d - disparity)
+        return self.matrix.T @ weights
+
+
+class _QuarterDepths:
+    """Softmax over four times as many scores, align_corners false, without interpolating them.
+
+    Four disparities lie between two scores, an eighth, three, five and seven eighths of the way up; two lie beyond the
+    first score and two beyond the last, and are equal to them. With u = exp(score / 8) below and v above, the
+    exponentials of the four are u^7 v, u^5 v^3, u^3 v^5 and u v^7. Their sum and their moments about their middle are,
+    with a = u^2 and b = v^2:
+
+        sum e_j               = uv (a + b) (a^2 + b^2)
+        sum (j - 3/2) e_j     = uv (b - a) (3/2 (a^2 + b^2) + 2 ab)
+        sum (j - 3/2)^2 e_j   = uv (a + b) (9/4 (a^2 + b^2) - 2 ab)
+
+    so that D/4 exponentials are enough. No maximum is subtracted: scores must lie within ``_GREATEST_SPAN`` / 2 of 0.
+    """
+
+    def __init__(self, depths: int, like: Tensor) -> None:
+        self.last = 4 * depths - 1
+        self.middles = torch.arange(1, depths, device=like.device, dtype=like.dtype)[:, None] * 4 - 0.5  # [D/4 - 1, 1]
+
+    @staticmethod
+    def _parts(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return uv (a + b), uv (b - a), a^2 + b^2, ab, [b, D/4 - 1, W] each, and u^8 of both ends [b, 2, W]."""
+        u = scores.mul_(0.125).exp_()  # [b, D/4, W]
+        product = u[:, :-1] * u[:, 1:]
+        a = u.mul_(u)
+        even = (a[:, :-1] + a[:, 1:]).mul_(product)
+        odd = (a[:, 1:] - a[:, :-1]).mul_(product)
+        squares = a.mul_(a)
+        ends = squares[:, [0, -1]].square()
+        return even, odd, squares[:, :-1] + squares[:, 1:], product.mul_(product), ends
+
+    def expectation(self, scores: Tensor) -> Tensor:
+        """Return the disparity [b, W] of scores [b, D/4, W], which are overwritten."""
+        total, moment, squares, product, ends = self._parts(scores)
+        total.mul_(squares)
+        moment.mul_(squares.add_(product, alpha=4 / 3))  # 2/3 of the first moment about the middle
+        first, last = ends.unbind(1)
+        denominator = total.sum(1) + 2 * (first + last)
+        numerator = total.mul_(self.middles).add_(moment, alpha=3 / 2).sum(1) + first + (2 * self.last - 1) * last
+        return numerator / denominator
+
+    def gradient(self, scores: Tensor, disparity: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of scores [b, D/4, W] (overwritten) whose disparity [b, W] has the gradient ``grad``."""
+        total, moment, squares, product, ends = self._parts(scores)
+        second = torch.sub(squares, product, alpha=8 / 9).mul_(total)  # 4/9 of the second moment
+        moment.mul_(product.mul_(4 / 3).add_(squares))  # 2/3 of the first
+        total.mul_(squares)
+        first, last = ends.unbind(1)
+        denominator = total.sum(1) + 2 * (first + last)
+
+        # With d = middle + j - 3/2, e_j (d - disparity) goes to the score above by 1/2 + (j - 3/2) / 4, the rest below.
+        offset = self.middles - disparity[:, None]  # [b, D/4 - 1, W]
+        half = total.mul_(offset).add_(moment, alpha=3 / 2)  # sum e_j (d - disparity)
+        tilt = moment.mul_(offset).add_(second, alpha=3 / 2)  # 2/3 sum (j - 3/2) e_j (d - disparity)
+        out = scores
+        out[:, 0] = 2 * first * (1 - 2 * disparity)
+        torch.add(half, tilt, alpha=3 / 4, out=out[:, 1:])
+        out[:, :-1] += half.sub_(tilt, alpha=3 / 4)
+        out[:, -1] += 2 * last * (2 * self.last - 1 - 2 * disparity)
+        return out.mul_((grad / denominator / 2)[:, None])

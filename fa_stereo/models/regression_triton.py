@@ -1,0 +1,171 @@
+"""Disparity regression as one GPU kernel each way: nothing of full resolution is stored but disparity and one more map.
+
+The forward kernel walks along disparity at every pixel, interpolating the eight neighbouring scores, with a running
+maximum (online softmax). The backward kernel computes the probabilities again from the stored log-sum-exp; each of its
+programs gathers what belongs to one coarse row and a block of columns, so that no two write to the same place and the
+result does not depend on their order. Importing this file needs Triton; ``regression`` uses it where it works.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_COLUMNS = 128
+
+
+class TritonRegression(torch.autograd.Function):
+    """``regress_disparity`` for float32 scores [B, D/4, H/4, W/4]; takes the three interpolation matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, depth_matrix: Tensor, row_matrix: Tensor, column_matrix: Tensor) -> Tensor:
+        """Return disparity [B, H, W]; matrices are [D, D/4], [H, H/4] and [W, W/4], linear interpolation each."""
+        logits = logits.contiguous()
+        batch, depths, rows, columns = logits.shape
+        disparities, height, width = (matrix.shape[0] for matrix in (depth_matrix, row_matrix, column_matrix))
+        taps = [_taps(matrix) for matrix in (depth_matrix, row_matrix, column_matrix)]
+        disparity = logits.new_empty(batch, height, width)
+        log_sum = torch.empty_like(disparity)
+        grid = (triton.cdiv(width, _BLOCK_COLUMNS), height, batch)
+        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+            _regress[grid](
+                logits, disparity, log_sum, *taps[0], *taps[1], *taps[2],
+                depths, rows, columns, disparities, height, width, BLOCK=_BLOCK_COLUMNS,
+            )  # fmt: skip
+        ctx.save_for_backward(logits, disparity, log_sum, depth_matrix, row_matrix, column_matrix)
+        return disparity
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        """Return the gradient of the scores."""
+        logits, disparity, log_sum, depth_matrix, row_matrix, column_matrix = ctx.saved_tensors
+        batch, depths, rows, columns = logits.shape
+        height, width = disparity.shape[1:]
+        taps = [_taps(matrix) for matrix in (depth_matrix, row_matrix, column_matrix)]
+        grad_columns = logits.new_empty(batch, depths, rows, width)
+        grid = (triton.cdiv(width, _BLOCK_COLUMNS), rows, batch)
+        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+            _regress_backward[grid](
+                logits, disparity, log_sum, grad.contiguous(), grad_columns, *taps[0], *taps[1], *taps[2],
+                *_readers(depth_matrix), *_readers(row_matrix),
+                depths, rows, columns, height, width, BLOCK=_BLOCK_COLUMNS,
+            )  # fmt: skip
+        return grad_columns @ column_matrix, None, None, None  # [B, D/4, H/4, W] -> [B, D/4, H/4, W/4]
+
+
+def _taps(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each row of an interpolation matrix [fine, coarse], the first coarse index and the second's weight.
+
+    The second coarse index is the next one, or the same at the end, where its weight is 0.
+    """
+    first = (matrix != 0).int().argmax(1)
+    weight = 1 - matrix.gather(1, first[:, None]).squeeze(1)
+    return first.int(), weight.contiguous()
+
+
+def _readers(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for each coarse index of [fine, coarse], the first fine index that reads it, and one past the last."""
+    reads = (matrix != 0).int()
+    return reads.argmax(0).int(), (matrix.shape[0] - reads.flip(0).argmax(0)).int()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _column(plane, index, x0, x1, wx, mask, rows_y0, rows_y1, wy, plane_stride):  # type: ignore[no-untyped-def]
+    """Return scores of one coarse disparity, interpolated to a block of pixels of one row."""
+    base = plane + index * plane_stride
+    top = tl.load(base + rows_y0 + x0, mask=mask, other=0.0)
+    top += wx * (tl.load(base + rows_y0 + x1, mask=mask, other=0.0) - top)
+    bottom = tl.load(base + rows_y1 + x0, mask=mask, other=0.0)
+    bottom += wx * (tl.load(base + rows_y1 + x1, mask=mask, other=0.0) - bottom)
+    return top + wy * (bottom - top)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _regress(  # type: ignore[no-untyped-def]
+    logits, disparity, log_sum,
+    depth_first, depth_weight, row_first, row_weight, column_first, column_weight,
+    depths, rows, columns, disparities, height, width, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write disparity and log-sum-exp of a block of columns of one row of one sample."""
+    x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    mask = x < width
+    x0 = tl.load(column_first + x, mask=mask, other=0)
+    wx = tl.load(column_weight + x, mask=mask, other=0.0)
+    x1 = tl.minimum(x0 + 1, columns - 1)
+    y0 = tl.load(row_first + y)
+    wy = tl.load(row_weight + y)
+    y1 = tl.minimum(y0 + 1, rows - 1)
+    plane_stride = rows * columns
+    plane = logits + sample * depths * plane_stride
+
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    moment = tl.zeros([BLOCK], tl.float32)
+    for d in range(disparities):
+        z0 = tl.load(depth_first + d)
+        wz = tl.load(depth_weight + d)
+        z1 = tl.minimum(z0 + 1, depths - 1)
+        near = _column(plane, z0, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+        far = _column(plane, z1, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+        score = near + wz * (far - near)
+        new_largest = tl.maximum(largest, score)
+        shrink = tl.exp(largest - new_largest)
+        weight = tl.exp(score - new_largest)
+        total = total * shrink + weight
+        moment = moment * shrink + weight * d
+        largest = new_largest
+    out = (sample * height + y) * width + x
+    tl.store(disparity + out, moment / total, mask=mask)
+    tl.store(log_sum + out, largest + tl.log(total), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _regress_backward(  # type: ignore[no-untyped-def]
+    logits, disparity, log_sum, grad, grad_columns,
+    depth_first, depth_weight, row_first, row_weight, column_first, column_weight,
+    depth_begin, depth_end, row_begin, row_end,
+    depths, rows, columns, height, width, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of scores interpolated along columns only, [B, D/4, H/4, W], for one coarse row."""
+    x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    mask = x < width
+    x0 = tl.load(column_first + x, mask=mask, other=0)
+    wx = tl.load(column_weight + x, mask=mask, other=0.0)
+    x1 = tl.minimum(x0 + 1, columns - 1)
+    plane_stride = rows * columns
+    plane = logits + sample * depths * plane_stride
+    y_begin = tl.load(row_begin + row)
+    y_end = tl.load(row_end + row)
+
+    for index in range(depths):
+        d_begin = tl.load(depth_begin + index)
+        d_end = tl.load(depth_end + index)
+        gathered = tl.zeros([BLOCK], tl.float32)
+        for y in range(y_begin, y_end):
+            y0 = tl.load(row_first + y)
+            wy = tl.load(row_weight + y)
+            y1 = tl.minimum(y0 + 1, rows - 1)
+            row_share = tl.where(y0 == row, 1.0 - wy, 0.0) + tl.where((y1 == row) & (y1 != y0), wy, 0.0)
+            pixel = (sample * height + y) * width + x
+            expected = tl.load(disparity + pixel, mask=mask, other=0.0)
+            normalizer = tl.load(log_sum + pixel, mask=mask, other=0.0)
+            upstream = row_share * tl.load(grad + pixel, mask=mask, other=0.0)
+            for d in range(d_begin, d_end):
+                z0 = tl.load(depth_first + d)
+                wz = tl.load(depth_weight + d)
+                z1 = tl.minimum(z0 + 1, depths - 1)
+                near = _column(plane, z0, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+                far = _column(plane, z1, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+                probability = tl.exp(near + wz * (far - near) - normalizer)
+                depth_share = tl.where(z0 == index, 1.0 - wz, 0.0) + tl.where((z1 == index) & (z1 != z0), wz, 0.0)
+                gathered += depth_share * upstream * probability * (d - expected)
+        out = ((sample * depths + index) * rows + row) * width + x
+        tl.store(grad_columns + out, gathered, mask=mask)

@@ -1,0 +1,418 @@
+"""Time, memory and deviation of the network's fast path against the plain one, part by part.
+
+Each variant (plain or fast, a precision, an environment) of each part runs in a process of its own, so that one's
+memory and caches do not help or hurt another's, and the processes take turns, one repetition at a time, so that
+whatever else the machine does meets all alike. Medians are reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fa_stereo.compilation import compile_network
+from fa_stereo.config import INFERENCE_PRECISIONS, AttentionConfig, ModelConfig
+from fa_stereo.cuda_graph import record_cuda_graph
+from fa_stereo.errors import InputError
+from fa_stereo.models.checkpoint import load_model
+from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
+from fa_stereo.models.optimized import DTYPES, optimize_for_inference, prepare_for_training
+from fa_stereo.models.psmnet import PSMNet, build_model
+from fa_stereo.models.regression import regress_disparity, regress_disparity_reference
+
+PARTS = ("features", "first_convolution", "aggregation", "regression", "network", "training_step", "pairs")
+"""What can be measured: the parts of inference, inference as a whole on a rendered pair, one forward and backward pass,
+and inference on all of some given pairs, one after another."""
+
+PATHS = ("plain", "fast", "compiled", "graph")
+"""How it can be computed: plainly, fast, and fast through torch.compile or as a CUDA graph."""
+
+COMPILED_PARTS = ("features", "aggregation", "network", "training_step", "pairs")
+"""Parts in which there is anything for torch.compile."""
+
+TUNED_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
+"""Environment in which glibc keeps freed memory, instead of asking the system for zeroed pages again each time."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process measures.
+
+    Attributes:
+        part: One of ``PARTS``.
+        path: One of ``PATHS``; ``compiled`` for ``COMPILED_PARTS`` alone, ``graph`` for the network on CUDA.
+        precision: fp32; bf16 or fp16 are weights of that type in the fast path's inference, else autocast;
+            ``mixed`` for the fast path of the whole network alone.
+        height: In pixels, of a picture or training crop.
+        width: In pixels.
+        batch: Pairs at once.
+        weights: A checkpoint; None for fresh random weights of the default model.
+        base_channels: Of that default model.
+        max_disparity: Search range in pixels; None for the model's own.
+        device: cpu or cuda.
+        threads: Of the CPU; None for PyTorch's choice.
+        activation_checkpointing: In the training step.
+        pictures: Files of left and right views for the part ``pairs``, which has no other size.
+    """
+
+    part: str
+    path: str
+    precision: str = "fp32"
+    height: int = 544
+    width: int = 960
+    batch: int = 1
+    weights: str | None = None
+    base_channels: int = 32
+    max_disparity: int | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    activation_checkpointing: bool = False
+    pictures: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, choices in (("part", PARTS), ("path", PATHS), ("precision", INFERENCE_PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("height", "width"):
+            if getattr(self, name) < 16 or getattr(self, name) % 16:
+                raise InputError(f"the {name} must be a positive multiple of 16, got {getattr(self, name)}")
+
+    @property
+    def samples(self) -> int:
+        """Pairs that one repetition computes."""
+        return len(self.pictures) if self.part == "pairs" else self.batch
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one process found.
+
+    Attributes:
+        seconds: Of every repetition, after one to warm up.
+        peak_bytes: Largest memory: of the process (resident), or on the GPU what PyTorch allocated.
+        extra_bytes: That, less what was in use before the first run: process, weights and inputs.
+        result: The last output as float32, to compare variants; None for the training step.
+    """
+
+    seconds: list[float]
+    peak_bytes: int
+    extra_bytes: int
+    result: np.ndarray[Any, np.dtype[np.float32]] | None
+
+    @property
+    def median_seconds(self) -> float:
+        """Median time of a repetition."""
+        return statistics.median(self.seconds)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# in the measuring process
+
+
+def build_run(task: Task) -> Callable[[], Tensor | None]:
+    """Return a function that runs the task's part once on inputs that are the same for every variant."""
+    torch.manual_seed(0)
+    device = torch.device(task.device)
+    model = _build_model(task).to(device)
+    if task.part == "training_step":
+        return _training_step(task, model)
+    autocast = task.path == "plain" and task.precision != "fp32"
+    if task.path != "plain":
+        model = optimize_for_inference(model, task.precision)
+    if task.path == "compiled":
+        compile_network(model)
+    model.plain = task.path == "plain"
+    with torch.inference_mode():
+        compute = _inference_part(task, model)
+
+    def run() -> Tensor:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=DTYPES[task.precision], enabled=autocast):
+            return compute()
+
+    return run
+
+
+def _build_model(task: Task) -> PSMNet:
+    if task.weights is None:
+        attention = AttentionConfig(key_channels=2 * task.base_channels)
+        model = build_model(ModelConfig(base_channels=task.base_channels, attention=attention))
+    else:
+        model = load_model(task.weights)
+    if task.max_disparity is not None:
+        model.config = dataclasses.replace(model.config, max_disparity=task.max_disparity)
+    return model.eval()
+
+
+def _inference_part(task: Task, model: PSMNet) -> Callable[[], Tensor]:
+    plain = task.path == "plain"
+    dtype = torch.float32 if plain else DTYPES[task.precision]
+    config, generator = model.config, torch.Generator().manual_seed(1)
+    channels, depths = config.base_channels, config.max_disparity // 4
+    height4, width4 = task.height // 4, task.width // 4
+
+    def random(*shape: int, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        values = torch.randn(*shape, generator=generator).to(task.device, dtype)
+        return values if plain else values.contiguous(memory_format=memory_format)
+
+    if task.part in ("network", "features"):
+        left, right = (view.to(task.device) for view in example_pair(task.height, task.width, task.batch))
+        if task.part == "features":
+            return lambda: torch.cat(model.extract_features(left, right))
+        network = record_cuda_graph(model, left, right) if task.path == "graph" else model
+        return lambda: network(left, right)
+    if task.part == "pairs":
+        pairs = [[view.to(task.device) for view in read_views(*files)] for files in task.pictures]
+        return lambda: torch.cat([model(left, right).flatten() for left, right in pairs])
+    if task.part == "first_convolution":
+        left, right = (
+            random(task.batch, channels, height4, width4, memory_format=torch.channels_last) for _ in range(2)
+        )
+        weight = random(channels, 2 * channels, 3, 3, 3) / (54 * channels) ** 0.5
+        convolve = convolve_cost_volume_reference if plain else convolve_cost_volume
+        return lambda: convolve(left, right, weight, depths)
+    if task.part == "aggregation":
+        volume = random(task.batch, channels, depths, height4, width4, memory_format=torch.channels_last_3d).relu()
+        # The fast path overwrites its input: each repetition gets another copy.
+        return lambda: model.aggregation(volume if plain else volume.clone(), plain=plain)[-1]
+    logits = 10 * torch.randn(task.batch, depths, height4, width4, generator=generator).to(task.device)
+    regress = regress_disparity_reference if plain else regress_disparity
+    return lambda: regress(logits, config.max_disparity, task.height, task.width, align_corners=config.align_corners)
+
+
+def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:
+    device = torch.device(task.device)
+    model.train()
+    model.plain = task.path == "plain"
+    model.activation_checkpointing = task.activation_checkpointing
+    if task.path != "plain":
+        prepare_for_training(model)
+    if task.path == "compiled":
+        compile_network(model)
+    for branch in model.features.pyramid.branches:
+        branch.eval()  # a single crop leaves the coarsest pool one value, of which there is no batch statistic
+    left, right = (view.to(device) for view in example_pair(task.height, task.width, task.batch))
+    torch.backends.cudnn.benchmark = True  # as in training
+
+    def run() -> None:
+        model.zero_grad()
+        with torch.autocast(device.type, dtype=DTYPES[task.precision], enabled=task.precision != "fp32"):
+            disparities = model(left, right).disparities
+        sum(disparity.mean() for disparity in disparities).backward()
+
+    return run
+
+
+def example_pair(height: int, width: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Return a rendered pair as normalised views [B, 3, H, W]."""
+    from fa_stereo.config import RenderConfig
+    from fa_stereo.data.rendered import RenderedPairs
+    from fa_stereo.data.transforms import normalize_images
+
+    pairs = RenderedPairs(RenderConfig(height=height, width=width, samples=1, max_disparity=min(192, width / 3)))
+    left, right = (torch.from_numpy(view).permute(2, 0, 1)[None] for view in (pairs[0].left, pairs[0].right))
+    return normalize_images(left).repeat(batch, 1, 1, 1), normalize_images(right).repeat(batch, 1, 1, 1)
+
+
+def read_views(left: str, right: str) -> tuple[Tensor, Tensor]:
+    """Read two pictures as normalised views [1, 3, H, W].
+
+    Raises:
+        InputError: A file is not there or no picture, or they differ in size.
+    """
+    from fa_stereo.data.formats import read_picture_pair
+    from fa_stereo.data.transforms import normalize_images
+
+    views = [torch.from_numpy(view).permute(2, 0, 1)[None] for view in read_picture_pair(left, right)]
+    return normalize_images(views[0]), normalize_images(views[1])
+
+
+def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) -> None:
+    """Run the task once per line of ``requests``; after the last, report memory and store the output.
+
+    Each run is answered by its seconds on a line of ``replies``, the end by ``{"peak_bytes", "extra_bytes"}``.
+    """
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    run = build_run(task)
+    before = _memory_in_use(task.device)
+    result: Tensor | None = None
+    print("ready", file=replies, flush=True)
+    for _ in requests:
+        result = None  # an old output is no memory that the run needs
+        if task.device != "cpu":
+            run()  # the memory given back below has to be asked for again, in no time of ours
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = run()
+        if task.device != "cpu":
+            torch.cuda.synchronize()
+        print(time.perf_counter() - start, file=replies, flush=True)
+        if task.device != "cpu":
+            torch.cuda.empty_cache()  # the other processes need the GPU's memory in their turn
+    peak = _peak_memory(task.device)
+    if result is not None:
+        np.save(result_path, result.float().cpu().contiguous().numpy())
+    print(json.dumps({"peak_bytes": peak, "extra_bytes": max(peak - before, 0)}), file=replies, flush=True)
+
+
+def _memory_in_use(device: str) -> int:
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not sys.platform.startswith("linux"):
+        return _peak_memory(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    except OSError:
+        return _peak_memory(device)
+    return _status_bytes("VmRSS")
+
+
+def _peak_memory(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform.startswith("linux"):
+        return _status_bytes("VmHWM")
+    import resource  # not on Windows, where no peak is reported
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields[key].split()[0]) * 1024
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# in the reporting process
+
+
+def measure(
+    tasks: list[Task],
+    repeats: int = 5,
+    environment: dict[str, str] | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> list[Measurement]:
+    """Measure tasks in turn, each in a process of its own, all of which exist at once.
+
+    Args:
+        tasks: Variants to compare.
+        repeats: Timed runs of each, after one to warm up.
+        environment: Variables to set for all of them, ``TUNED_ALLOCATOR`` for example.
+        progress: Called after every run.
+
+    Raises:
+        InputError: A process failed: its last words say why.
+    """
+    with ExitStack() as stack:
+        processes = [stack.enter_context(_measuring(task, environment or {})) for task in tasks]
+        seconds: list[list[float]] = [[] for _ in tasks]
+        for _ in range(repeats + 1):
+            for process, times in zip(processes, seconds, strict=True):
+                times.append(process.run())
+                progress()
+        return [process.finish(times[1:]) for process, times in zip(processes, seconds, strict=True)]
+
+
+class _Process:
+    """A measuring process and the pipes to it."""
+
+    def __init__(self, task: Task, folder: Path, environment: dict[str, str]) -> None:
+        self.task = task
+        self.result_path = folder / "result.npy"
+        self.log = folder / "stderr.txt"
+        command = [sys.executable, "-m", "fa_stereo.profiling", json.dumps(dataclasses.asdict(task)), self.result_path]
+        with self.log.open("w") as log:
+            self.popen = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | environment,
+            )
+        self._read()
+
+    def _read(self) -> str:
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        if not line:
+            self.popen.wait()
+            words = [text for text in self.log.read_text().splitlines() if text.strip()]
+            reason = words[-1] if words else f"exit code {self.popen.returncode}, perhaps for want of memory"
+            task = self.task
+            raise InputError(f"measuring {task.part} ({task.path}, {task.precision}) failed: {reason}")
+        return line
+
+    def run(self) -> float:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write("run\n")
+        self.popen.stdin.flush()
+        return float(self._read())
+
+    def finish(self, seconds: list[float]) -> Measurement:
+        assert self.popen.stdin is not None
+        self.popen.stdin.close()
+        memory = json.loads(self._read())
+        self.popen.wait()
+        result = np.load(self.result_path) if self.result_path.exists() else None
+        return Measurement(seconds, memory["peak_bytes"], memory["extra_bytes"], result)
+
+
+@contextmanager
+def _measuring(task: Task, environment: dict[str, str]) -> Iterator[_Process]:
+    with tempfile.TemporaryDirectory(prefix="fa_stereo_benchmark_") as folder:
+        process = _Process(task, Path(folder), environment)
+        try:
+            yield process
+        finally:
+            process.popen.kill()
+            process.popen.wait()
+
+
+def compare(measurements: list[Measurement], *, relative: bool) -> list[dict[str, Any]]:
+    """Return plain data for each measurement, compared with the first, the reference.
+
+    Args:
+        measurements: Of variants of one part.
+        relative: Give deviations of the output relative to the reference's largest absolute value, instead of as they
+            are, which is in pixels for the network and the regression.
+    """
+    reference = measurements[0]
+    rows = []
+    for measurement in measurements:
+        row: dict[str, Any] = {
+            "seconds": measurement.median_seconds,
+            "all_seconds": measurement.seconds,
+            "speedup": reference.median_seconds / measurement.median_seconds,
+            "peak_bytes": measurement.peak_bytes,
+            "extra_bytes": measurement.extra_bytes,
+        }
+        if measurement.result is not None and reference.result is not None:
+            deviation = np.abs(measurement.result - reference.result)
+            unit = float(np.abs(reference.result).max()) if relative else 1.0
+            row["largest_deviation"] = float(deviation.max()) / unit
+            row["mean_deviation"] = float(deviation.mean()) / unit
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    serve(Task(**json.loads(sys.argv[1])), Path(sys.argv[2]), sys.stdin, sys.stdout)

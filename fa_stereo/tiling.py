@@ -1,0 +1,136 @@
+"""Pictures of any size within a memory budget: the volumes of the network for a band of rows at a time.
+
+Nearly all memory goes into the 3-D part of the network. It sees a neighbourhood only, while the features see the whole
+picture through pyramid pooling and attention. So the features are computed once for the whole picture, exactly, and the
+volumes for overlapping bands of rows. Each band is computed with ``overlap`` rows more on either side, the outer half
+of which are dropped and the inner half blended with the neighbour's. Scores are blended, not disparities: there is no
+seam, and from ``EXACT_OVERLAP_PX`` on the result is that of the whole picture.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fa_stereo.config import ModelConfig
+from fa_stereo.errors import InputError
+from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet
+
+DEFAULT_OVERLAP_PX = 128
+"""Rows of context on either side of a band; with a trained network, more changes disparity by 0.0001 px or less."""
+
+EXACT_OVERLAP_PX = 448
+"""Twice the reach of the aggregation in rows: bands with this overlap compute what the whole picture does."""
+
+
+def predict_in_bands(
+    model: PSMNet, left: Tensor, right: Tensor, band_height: int, overlap: int = DEFAULT_OVERLAP_PX
+) -> Tensor:
+    """Estimate disparity like ``model(left, right)``, with volumes for one band of rows at a time.
+
+    Args:
+        model: A network in eval mode.
+        left: Normalised picture, float [B, 3, H, W].
+        right: Likewise.
+        band_height: Rows of a band in pixels, without the overlap; a positive multiple of 16.
+        overlap: Rows added on either side in pixels; a multiple of 16, at most ``band_height`` is blended.
+
+    Returns:
+        Disparity in pixels, float32 [B, H, W].
+
+    Raises:
+        ValueError: The model is in training mode.
+        InputError: ``band_height`` or ``overlap`` is no such multiple of 16.
+    """
+    if model.training:
+        raise ValueError("bands are for prediction: the model is in training mode")
+    for name, value, least in (("band height", band_height, SIZE_MULTIPLE), ("overlap", overlap, 0)):
+        if value < least or value % SIZE_MULTIPLE:
+            raise InputError(f"the {name} must be a multiple of {SIZE_MULTIPLE} pixels from {least} on, got {value}")
+    score = partial(_score_in_bands, model, rows=band_height // 4, overlap=overlap // 4)
+    disparity: Tensor = model(left, right, score=score)
+    return disparity
+
+
+def _score_in_bands(
+    model: PSMNet, left_features: Tensor, right_features: Tensor, *, rows: int, overlap: int
+) -> list[Tensor]:
+    """Return scores [B, D/4, H/4, W/4] from features [B, c, H/4, W/4], a band of ``rows`` rows of them at a time."""
+    height = left_features.shape[2]
+    ramp = min(overlap, rows) // 2  # rows on either side of a border between bands over which one fades into the next
+    scores = left_features.new_empty(0)
+    for start in range(0, height, rows):
+        stop = min(start + rows, height)
+        first, last = max(start - overlap, 0), min(stop + overlap, height)
+        band = model.score(left_features[:, :, first:last], right_features[:, :, first:last])[-1]  # [B, D/4, band, W/4]
+        if start == 0:
+            scores = band.new_zeros(*band.shape[:2], height, band.shape[3])
+        y = torch.arange(first, last, device=band.device, dtype=band.dtype) + 0.5
+        weight = torch.ones_like(y)
+        if ramp == 0:
+            weight = ((y > start) & (y < stop)).to(band.dtype)
+        else:
+            if start > 0:
+                weight = ((y - start + ramp) / (2 * ramp)).clamp(0, 1)
+            if stop < height:
+                weight = torch.minimum(weight, ((stop + ramp - y) / (2 * ramp)).clamp(0, 1))
+        scores[:, :, first:last] += band.mul_(weight[:, None])
+    return [scores]
+
+
+def estimate_memory(
+    config: ModelConfig, height: int, width: int, band_height: int | None = None, *,
+    overlap: int = DEFAULT_OVERLAP_PX, bytes_per_value: int = 4,
+) -> int:  # fmt: skip
+    """Return about how many bytes predicting one pair takes on the CPU, beyond the process and the network itself.
+
+    Args:
+        config: The network's configuration.
+        height: Of the picture, in pixels.
+        width: Of the picture, in pixels.
+        band_height: As for ``predict_in_bands``; None for the whole picture at once.
+        overlap: As for ``predict_in_bands``.
+        bytes_per_value: 4 for float32, 2 for bf16 and fp16.
+    """
+    c, depths = config.base_channels, config.max_disparity // 4
+    height4, width4 = -(-height // SIZE_MULTIPLE) * 4, -(-width // SIZE_MULTIPLE) * 4
+    rows = height4 if band_height is None else min(height4, (band_height + 2 * overlap) // 4)
+    cells = height4 * width4
+    # Live at once in the fusion of the features: res2, res4, pools, their concatenation, the result; twice allocated
+    # and freed in sizes that an allocator cannot always use again.
+    features = 2 * (2 + 4 + 4 + 10 + 4) * c * cells * bytes_per_value
+    # Two volumes, three maps of a quarter of a volume each, and slabs in several stages.
+    volume = c * depths * rows * width4 * bytes_per_value
+    scores = 3 * depths * rows * width4 * 4
+    volumes = int(2.75 * volume) + 3 * min(volume, 32 << 20) + scores + (0 if rows == height4 else depths * cells * 4)
+    regression = depths * height4 * 4 * width4 * 4 + depths * cells * 4
+    pictures = 6 * 3 * 16 * cells * 4
+    # What the convolution library and the allocator keep for themselves does not grow with the picture.
+    library = 96 << 20
+    return int(1.15 * (pictures + max(features, features // 3 + volumes, features // 3 + regression))) + library
+
+
+def choose_band_height(
+    config: ModelConfig, height: int, width: int, budget_bytes: int, *,
+    overlap: int = DEFAULT_OVERLAP_PX, bytes_per_value: int = 4,
+) -> int | None:  # fmt: skip
+    """Return the largest band height whose ``estimate_memory`` keeps within the budget; None if no bands are needed.
+
+    Raises:
+        InputError: Even the smallest bands take more.
+    """
+
+    def needed(band_height: int | None) -> int:
+        return estimate_memory(config, height, width, band_height, overlap=overlap, bytes_per_value=bytes_per_value)
+
+    if needed(None) <= budget_bytes:
+        return None
+    for band_height in range(height // SIZE_MULTIPLE * SIZE_MULTIPLE, 0, -SIZE_MULTIPLE):
+        if needed(band_height) <= budget_bytes:
+            return band_height
+    raise InputError(
+        f"{width}x{height} pictures take about {needed(SIZE_MULTIPLE) / 1e9:.1f} GB even in the smallest bands, the "
+        f"budget is {budget_bytes / 1e9:.1f} GB: allow more memory, or predict at a smaller scale"
+    )

@@ -1,0 +1,751 @@
+"""The training loop: one step after another, every one of them resumable.
+
+    >>> Trainer(TrainConfig(...)).run()                                             # doctest: +SKIP
+
+What a run does next depends on its weights, its optimizer and the number of steps taken, and on nothing else: the data
+order and the learning rate are pure functions of the step (``fa_stereo.sampling``, ``fa_stereo.schedules``). So a run
+that was killed and resumed ends, on the CPU, with the very weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import math
+import random
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from fa_stereo import distributed
+from fa_stereo.attention.masks import record_inputs
+from fa_stereo.compilation import compile_network, uncompiled
+from fa_stereo.config import DatasetConfig, OptimizerConfig, ProtocolConfig, TrainConfig, flatten, to_plain
+from fa_stereo.data import open_dataset
+from fa_stereo.data.sample import StereoSample
+from fa_stereo.data.transforms import TrainingTransform, normalize_images
+from fa_stereo.errors import InputError
+from fa_stereo.evaluation import evaluate, network_predictor
+from fa_stereo.export import find_record, training_record
+from fa_stereo.history import History
+from fa_stereo.losses import StereoLoss
+from fa_stereo.machine import describe_device
+from fa_stereo.models.checkpoint import load_matching_weights, read_torch_file, save_atomically, save_weights
+from fa_stereo.models.optimized import cpu_computes_float16, prepare_for_training
+from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet, StereoOutput, build_model
+from fa_stereo.sampling import Batch, StepSampler, TrainingStream, make_loader
+from fa_stereo.schedules import learning_rate_factor
+from fa_stereo.training_log import PlateauAlarm, TrainingLog
+from fa_stereo.weights import find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What must be as it was for a resumed run to see the data it would have seen.
+_MUST_AGREE = ("trainer.batch_size", "trainer.seed")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, for a reason that lies in the run and not in its input; one sentence."""
+
+
+@dataclass
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        step: Optimizer steps taken, over all its resumptions.
+        finished: False if a signal stopped it before its last step.
+        output_dir: Folder of its results.
+        validation: Metrics of the last validation, by name.
+        best: End-point error and step of the best validation; empty if there was none.
+    """
+
+    step: int
+    finished: bool
+    output_dir: Path
+    validation: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains a network: builds everything a configuration names, resumes if there is something to resume, and runs.
+
+    Gradient accumulation gives the update of the whole batch, since every part is divided by the number of valid pixels
+    of the whole (over all processes, too). Batch norm is the exception: it normalises by the statistics of what passes
+    through the network at once, the micro-batch, and updates its running statistics once for each.
+
+    Under ``torchrun``, construct and run it inside ``fa_stereo.distributed.process_group()``. Python's, NumPy's and
+    PyTorch's global random generators are seeded.
+
+    Args:
+        config: The run.
+
+    Raises:
+        InputError: The configuration, the data or a checkpoint cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.settings = config.trainer
+        self.output_dir = Path(distributed.broadcast_object(config.output_dir))
+        self.device = _choose_device(self.settings.device)
+        self.is_first = distributed.rank() == 0
+
+        _check_data(config)
+        _check_precision(config, self.device)
+        self.stream = TrainingStream(
+            open_dataset(config.data.train), TrainingTransform(config.data.augmentation), self.settings.seed
+        )
+        self.validation_pairs = _open_validation(config.data.validation)
+        if self.validation_pairs is None:
+            self._tell("no validation: data.validation is not given")
+        self.total_steps = max(1, self.settings.epochs * self.stream.samples // self.settings.batch_size)
+        if self.settings.max_steps is not None:
+            self.total_steps = min(self.total_steps, self.settings.max_steps)
+
+        _seed_everything(self.settings.seed)
+        self.model = build_model(config.model)
+        checkpoint = self._find_checkpoint()
+        self.started_from: dict[str, Any] | None = None
+        if checkpoint is None and self.settings.init_from is not None:
+            weights = find_checkpoint(self.settings.init_from, self.device)
+            report = load_matching_weights(self.model, weights)
+            self.started_from = find_record(weights)
+            self._tell("from %s: %s", self.settings.init_from, report.summary().replace("\n", "; "))
+        prepare_for_training(self.model.to(self.device))
+        torch.backends.cudnn.benchmark = True  # all training crops have one size
+        self.average = WeightAverage(self.model, self.settings.ema_decay) if self.settings.ema_decay else None
+        if self.settings.activation_checkpointing:
+            self.model.activation_checkpointing = True
+        if self.settings.sync_batch_norm:
+            distributed.synchronize_batch_norm(self.model, self.device)
+        if self.settings.compile:
+            compile_network(self.model)
+
+        self.loss = StereoLoss(config.loss, config.model)
+        self.optimizer = build_optimizer(config.optimizer, self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
+        self.alarm = PlateauAlarm(self.settings.plateau_alarm_steps)
+        self.step = self.saved_step = 0
+        self.validated_step = 0 if not self.settings.validate_at_start else -1
+        self.validation: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.history: History | None = None
+        self.started = time.perf_counter()
+        self.seconds: float | None = 0.0  # that the run took before
+        self.machine = describe_device(self.device, distributed.world_size())
+        self.machines = [self.machine]
+        self.step_times: deque[tuple[float, float]] = deque(maxlen=1000)  # wall and processor seconds of late
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+        # The network as training calls it; ``self.model`` stays the bare one, whose names checkpoints have.
+        self.network: nn.Module = self.model
+        if distributed.world_size() > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.model, device_ids=devices)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # the loop
+
+    def run(self) -> TrainingResult:
+        """Train to the last step, or until SIGTERM or SIGINT asks to stop; either way the state is saved.
+
+        Returns:
+            How it ended.
+
+        Raises:
+            TrainingError: The loss is no longer finite, or a checkpoint cannot be written.
+            InputError: A training pair cannot be read.
+        """
+        self._tell(
+            "%s: %d pairs, %d steps of %d, from step %d, on %s (%s)", self.output_dir, self.stream.samples,
+            self.total_steps, self.settings.batch_size, self.step, self.machine, self.settings.precision,
+        )  # fmt: skip
+        log = None
+        if self.is_first:
+            self._prepare_output_dir()
+            self.history = History(self.output_dir, self.validated_step)
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            log = TrainingLog(self.output_dir, self.step, self.total_steps)
+        try:
+            with StopRequest() as stop, logging_redirect_tqdm():
+                finished = self._loop(log, stop)
+        finally:
+            if log:
+                log.close()
+        if finished:
+            self._export()
+        else:
+            self._tell("stopped at step %d; the same command with output_dir=%s goes on", self.step, self.output_dir)
+        return TrainingResult(self.step, finished, self.output_dir, self.validation, self.best)
+
+    def _loop(self, log: TrainingLog | None, stop: StopRequest) -> bool:
+        """Take all steps that are left; return False if asked to stop before the last."""
+        # A run that was stopped during a validation still owes it.
+        if not self._validate_if_due(log, stop):
+            return False
+        self._train_mode()
+        for batch in self._batches():
+            start = time.perf_counter(), time.process_time()
+            values = self.train_step(batch, log)
+            self.step_times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            self.step += 1
+            if log:
+                self._report(log, values)
+            if self._all_agree_to_stop(stop) or not self._validate_if_due(log, stop):
+                self._save("last.pt")
+                return False
+            self._save_if_due()
+        return True
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield this process's share of every step that is left, on the host."""
+        sampler = StepSampler(
+            self.step, self.total_steps, self.settings.batch_size, distributed.rank(), distributed.world_size()
+        )
+        pin_memory = self.device.type == "cuda"
+        for batch in make_loader(self.stream, sampler, self.config.data.workers, pin_memory=pin_memory):
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+    def train_step(self, batch: Batch, log: TrainingLog | None = None) -> dict[str, float]:
+        """Make one optimizer step from this process's share of a batch.
+
+        Args:
+            batch: ``left``, ``right`` uint8 [B, 3, H, W], ``disparity`` float32 [B, H, W], ``name``.
+            log: Where the pictures go, if they are due.
+
+        Returns:
+            Loss terms, end-point error (pixels), gradient norm and learning rate of the step, over all processes.
+
+        Raises:
+            TrainingError: The loss or the gradient is not finite; the weights are still as they were.
+        """
+        disparity = batch["disparity"].to(self.device, non_blocking=True)  # [B, H, W]
+        counts = distributed.sum_over_processes(self.loss.count(disparity))
+        rate = self.config.optimizer.learning_rate * learning_rate_factor(
+            self.config.schedule, self.step, self.total_steps, self.epoch
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        sums = torch.zeros(0)
+        parts = _split_batch(batch, self.settings.micro_batch_size)
+        drawing = log is not None and self._due(self.settings.picture_every_steps, self.step + 1)
+        watched: dict[str, nn.Module] = dict(self.model.features.attention.items()) if drawing else {}
+        for number, part in enumerate(parts, start=1):
+            truth = part["disparity"].to(self.device, non_blocking=True)
+            # Processes exchange gradients once per step, with the last part.
+            with self._gradient_exchange(number == len(parts)):
+                with record_inputs(watched) as attended, self._uncompiled(drawing):
+                    output = self._forward(part)
+                terms = self.loss(output, truth, counts)
+                # DistributedDataParallel averages over processes; the loss is a share of a sum over them.
+                self.scaler.scale(terms.total * distributed.world_size()).backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                valid = self.loss.valid(truth)
+                error = torch.where(valid, output.disparities[-1] - torch.where(valid, truth, 0.0), 0.0).abs().sum()
+                values = torch.stack([terms.total, terms.cross_entropy, *terms.outputs, error / counts[0].clamp(min=1)])
+                sums = values if number == 1 else sums + values
+        total, cross_entropy, *outputs, end_point_error = distributed.sum_over_processes(sums.double()).tolist()
+        if not math.isfinite(total):
+            raise self._not_finite("loss", batch)
+        norm = self._update_weights(batch)
+        if log and drawing:
+            log.pictures(self.step + 1, part["left"][-1], truth[-1], output.disparities[-1][-1], valid[-1])
+            log.basis_masks(self.step + 1, part["left"][-1], watched, attended)
+        return {
+            "loss/total": total,
+            **{f"loss/output_{number}": value for number, value in enumerate(outputs, start=1)},
+            **({"loss/cross_entropy": cross_entropy} if self.config.loss.cross_entropy_weight else {}),
+            "train/end_point_error": end_point_error,
+            "train/learning_rate": rate,
+            "train/gradient_norm": norm,
+            "train/epoch": self.epoch,
+        }
+
+    def _forward(self, part: Batch) -> StereoOutput:
+        left, right = (normalize_images(part[view].to(self.device, non_blocking=True)) for view in ("left", "right"))
+        with self._autocast():
+            output: StereoOutput = self.network(left, right)
+        return output
+
+    def _update_weights(self, batch: Batch) -> float:
+        """Clip the gradient, step, and move the average; return the gradient's norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Loss scaling overflows now and then; the scaler skips that step and lowers the scale.
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):
+            raise self._not_finite("gradient", batch)
+        if self.settings.gradient_clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip_norm, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update(self.model, self.step)
+        return float(norm)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training pairs made so far."""
+        return self.step * self.settings.batch_size / self.stream.samples
+
+    def _train_mode(self) -> None:
+        self.network.train()
+        if self.settings.freeze_batch_norm:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        precision = self.settings.precision
+        return torch.autocast(self.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
+
+    def _uncompiled(self, wanted: bool = True) -> AbstractContextManager[object]:
+        """Run the network as it is written: hooks are called, other sizes than that of the crops do not recompile."""
+        return uncompiled() if wanted and self.settings.compile else nullcontext()
+
+    def _gradient_exchange(self, wanted: bool) -> AbstractContextManager[Any]:
+        if wanted or not isinstance(self.network, DistributedDataParallel):
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.network.no_sync()
+        return context
+
+    def _not_finite(self, what: str, batch: Batch) -> TrainingError:
+        names = [name for share in distributed.gather_objects(list(batch["name"])) for name in share]
+        return TrainingError(
+            f"the {what} of step {self.step + 1} is not finite; the last checkpoint, of step {self.saved_step}, "
+            f"is untouched; look at the pairs of this batch ({', '.join(names)}), or lower optimizer.learning_rate "
+            "or set trainer.gradient_clip_norm"
+        )
+
+    def _all_agree_to_stop(self, stop: StopRequest) -> bool:
+        return bool(distributed.sum_over_processes(torch.tensor(int(stop.requested))))
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # telling
+
+    def _tell(self, message: str, *values: object) -> None:
+        if self.is_first:
+            logger.info(message, *values)
+
+    def _report(self, log: TrainingLog, values: Mapping[str, float]) -> None:
+        log.advance(self.step, self.epoch, self.settings.batch_size, values)
+        if self._due(self.settings.log_every_steps, self.step) or self.step == 1:
+            log.scalars(self.step, values)
+        if self.alarm.update(values["loss/total"]):
+            logger.warning(
+                "the loss has not fallen for %d steps (%.4g, and %.4g at best): lower optimizer.learning_rate, or look "
+                "at the pictures in TensorBoard", self.alarm.window, self.alarm.mean, self.alarm.best,
+            )  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # validation
+
+    def _due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _due_or_epoch_ends(self, every: int) -> bool:
+        """Return whether something is due after this step: every so many steps or, with 0, after each epoch."""
+        if self.step in (0, self.total_steps):
+            return True
+        if every:
+            return self._due(every, self.step)
+        size, samples = self.settings.batch_size, self.stream.samples
+        return self.step * size // samples > (self.step - 1) * size // samples
+
+    def _validate_if_due(self, log: TrainingLog | None, stop: StopRequest) -> bool:
+        """Validate if it is due at this step and was not done; return False if asked to stop in the middle."""
+        if (
+            self.validation_pairs is None
+            or self.validated_step == self.step
+            or not self._due_or_epoch_ends(self.settings.validate_every_steps)
+        ):
+            return True
+        start = time.perf_counter()
+        try:
+            self.validation = self.validate(stop)
+        except _StoppedInValidation:
+            return False
+        except (InputError, OSError):
+            if distributed.world_size() == 1:  # a bad validation pair shall not cost the training so far
+                self._save("last.pt")
+            raise
+        finally:
+            self._train_mode()
+        self.validated_step = self.step
+        if log:
+            log.validation(self.step, self.validation, time.perf_counter() - start)
+            self._add_to_history()
+        error = self.validation["end_point_error"]
+        if not self.best or error < self.best["end_point_error"]:
+            self.best = {"end_point_error": error, "step": self.step}
+            self._save("best.pt")
+        self._write_metrics()
+        return True
+
+    def _add_to_history(self) -> None:
+        assert self.history is not None
+        wall, processor = zip(*self.step_times, strict=True) if self.step_times else ((), ())
+        self.step_times.clear()
+        on_gpu = self.device.type == "cuda"
+        values = {
+            "step": self.step, "epoch": self.epoch, **self.validation,
+            "step_seconds": statistics.median(wall) if wall else None,
+            "step_cpu_seconds": statistics.median(processor) if processor else None,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
+        }  # fmt: skip
+        try:
+            self.history.add(values)
+        except InputError as error:  # a full disk is the checkpoints' to tell; the next line brings this one along
+            logger.warning("%s", error)
+
+    def validate(self, stop: StopRequest | None = None) -> dict[str, float]:
+        """Evaluate the network (the averaged weights, if they are on) on the validation pairs.
+
+        Args:
+            stop: Alone, give up when asked to stop. With several processes the validation is finished first: they
+                would wait for each other's results in vain.
+
+        Returns:
+            Metrics by name.
+        """
+        assert self.validation_pairs is not None
+        model = (self.average.model if self.average else self.model).eval()
+        distributed.broadcast_buffers(model)
+        network = network_predictor(model, precision=self.settings.precision)
+
+        def predict(left: Tensor, right: Tensor) -> Tensor:
+            if stop is not None and stop.requested and distributed.world_size() == 1:
+                raise _StoppedInValidation
+            return network(left, right)
+
+        protocol = ProtocolConfig(
+            name="validation", max_disparity=float(self.config.model.max_disparity), averaging="pixel"
+        )
+        with self._uncompiled():
+            metrics = evaluate(predict, self.validation_pairs, protocol, workers=self.config.data.workers).metrics
+        if math.isnan(metrics["end_point_error"]):
+            raise InputError("data.validation has no pixel with ground truth below model.max_disparity")
+        return metrics
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # checkpoints
+
+    def _save_if_due(self) -> None:
+        names = []
+        if self._due_or_epoch_ends(self.settings.checkpoint_every_steps):
+            names.append("last.pt")
+        if self._due(self.settings.keep_every_steps, self.step):
+            names.append(f"step_{self.step:07d}.pt")
+        if names:
+            self._save(*names)
+
+    def _save(self, *names: str) -> None:
+        """Write the whole state under one or several names; all processes call it, the first writes.
+
+        Raises:
+            TrainingError: It could not be written; what was there before is untouched.
+        """
+        random_states = distributed.gather_objects(_random_state())
+        if not self.is_first:
+            self.saved_step = self.step
+            return
+        # Into memory first: PyTorch reports a full disk as an internal error, plain bytes as what it is.
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "model_config": to_plain(self.config.model),
+                "model": self.model.state_dict(),
+                "ema": self.average.model.state_dict() if self.average else None,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "alarm": self.alarm.state_dict(),
+                "validated_step": self.validated_step,
+                "best": self.best,
+                "random_states": random_states,
+                **self._facts(),
+            },
+            buffer,
+        )
+        for name in names:
+            path = self.output_dir / name
+            try:
+                save_atomically(path, lambda temporary: _write_bytes(temporary, buffer.getbuffer()))
+            except OSError as error:
+                raise TrainingError(
+                    f"{path}: the checkpoint of step {self.step} could not be written ({error.strerror or error}); "
+                    "what was there before is untouched: make room and start the same command again"
+                ) from error
+        self.saved_step = self.step
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what the record of the weights is made from, see ``fa_stereo.export``."""
+        return {
+            "config": to_plain(self.config),
+            "step": self.step,
+            "samples": self.stream.samples,
+            "validation": self.validation,
+            "history": self.history.lines if self.history else [],
+            "seconds": None if self.seconds is None else self.seconds + time.perf_counter() - self.started,
+            "machines": self.machines,
+            "started_from": self.started_from,
+        }
+
+    def _find_checkpoint(self) -> Path | None:
+        last = self.output_dir / "last.pt"
+        # Only the first process looks: on several nodes the others may not see its disk yet.
+        if self.settings.resume == "auto":
+            return distributed.broadcast_object(last if last.is_file() else None)
+        if self.settings.resume is not None:
+            return Path(self.settings.resume)
+        if distributed.broadcast_object(last.is_file()):
+            raise InputError(
+                f"{last}: there is a run already; go on with trainer.resume=auto, or choose another output_dir"
+            )
+        return None
+
+    def _restore(self, path: Path) -> None:
+        state = read_torch_file(path)
+        missing = {"model_config", "model", "optimizer", "scaler", "step", "random_states", "config"} - state.keys()
+        if missing:
+            raise InputError(
+                f"{path}: not a training checkpoint (no {sorted(missing)[0]!r}); use init_from for weights"
+            )
+        self._check_agreement(path, state)
+        self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.model.load_state_dict(state["ema"] or state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.alarm.load_state_dict(state["alarm"])
+        self.step = self.saved_step = state["step"]
+        self.validated_step = state["validated_step"]
+        self.validation, self.best = state["validation"], state["best"]
+        self.seconds, self.started_from = state.get("seconds"), state.get("started_from")
+        self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
+        if distributed.rank() < len(state["random_states"]):
+            _set_random_state(state["random_states"][distributed.rank()])
+
+    def _check_agreement(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Refuse what would not be the same run; tell what else has changed."""
+        before, now = flatten(state["config"]), flatten(to_plain(self.config))
+        changed = [key for key in now if before.get(key) != now[key]]
+        for key in changed:
+            if key in _MUST_AGREE or key.startswith("model."):
+                raise InputError(
+                    f"{key} is {now[key]}, but {before.get(key)} in the run to resume ({path}): set it back, or start "
+                    "anew with init_from and another output_dir"
+                )
+        if state["samples"] != self.stream.samples:
+            raise InputError(
+                f"data.train has {self.stream.samples} pairs, but had {state['samples']} in the run to resume "
+                f"({path}): restore the data, or start anew with init_from and another output_dir"
+            )
+        for key in changed:
+            if key not in ("output_dir", "trainer.resume", "trainer.init_from"):
+                self._tell("resuming with %s = %s (it was %s)", key, now[key], before.get(key))
+
+    def _export(self) -> None:
+        """Write the weights for use: the averaged ones, if they are on."""
+        distributed.broadcast_buffers(self.model)
+        if not self.is_first:
+            return
+        path = self.output_dir / "weights.safetensors"
+        try:
+            save_weights(self.average.model if self.average else self.model, path, training_record(self._facts()))
+        except OSError as error:
+            raise TrainingError(f"{path}: the weights could not be written ({error.strerror or error})") from error
+        self._write_metrics()
+        self._tell("trained: %s", path)
+
+    def _prepare_output_dir(self) -> None:
+        try:
+            self._write_metrics()  # tells now, not at the first checkpoint, that nothing can be written
+        except OSError as error:
+            raise InputError(
+                f"{self.output_dir}: cannot be written ({error.strerror or error}): "
+                "make room or choose another output_dir"
+            ) from error
+        for half_written in self.output_dir.glob(".*.pt.*.tmp"):  # by a process that was killed
+            half_written.unlink()
+
+    def _write_metrics(self) -> None:
+        if not self.is_first:
+            return
+        metrics = {
+            "step": self.step, "epoch": self.epoch, "validated_step": self.validated_step,
+            "validation": self.validation, "best": self.best,
+        }  # fmt: skip
+        text = json.dumps(metrics, indent=2) + "\n"
+        save_atomically(self.output_dir / "metrics.json", lambda temporary: _write_bytes(temporary, text.encode()))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what the loop is made of
+
+
+class WeightAverage:
+    """An exponential moving average of a network's weights and of batch norm's statistics.
+
+    ``average += (1 - decay) * (weights - average)``; in the first steps the decay is at most
+    (1 + step) / (10 + step), so that the average forgets the initial weights.
+
+    Args:
+        model: The network; the average starts as a copy of it.
+        decay: From 0 to below 1.
+    """
+
+    def __init__(self, model: PSMNet, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: PSMNet, step: int) -> None:
+        """Move the average towards the weights after a step (counted from 0)."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        current = model.state_dict()
+        for name, averaged in self.model.state_dict().items():
+            if averaged.is_floating_point():
+                averaged.lerp_(current[name], share)
+            else:  # batch norm's counters
+                averaged.copy_(current[name])
+
+
+class StopRequest(AbstractContextManager["StopRequest"]):
+    """Notes SIGTERM and the first SIGINT (Ctrl-C) instead of ending the process; a second SIGINT ends it as usual.
+
+    Attributes:
+        requested: Whether one of them came.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
+            self._previous = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        logger.info("%s: finishing the step and saving", signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _StoppedInValidation(Exception):
+    """Asked to stop while a validation was under way."""
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of all of a network's parameters."""
+    parameters, rate, decay = model.parameters(), config.learning_rate, config.weight_decay
+    if config.kind == "sgd":
+        return torch.optim.SGD(parameters, rate, config.momentum, weight_decay=decay)
+    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    return kind(parameters, rate, (config.betas[0], config.betas[1]), weight_decay=decay)
+
+
+def _split_batch(batch: Batch, size: int | None) -> list[Batch]:
+    """Cut a batch into micro-batches; the last may be smaller."""
+    count = len(batch["name"])
+    size = size or count
+    return [{key: value[start : start + size] for key, value in batch.items()} for start in range(0, count, size)]
+
+
+def _check_data(config: TrainConfig) -> None:
+    if config.data.train.kind != "rendered" and config.data.train.root is None:
+        raise InputError(f"data.train.root must be given: the folder of the {config.data.train.kind} pairs")
+    for name in ("crop_height", "crop_width"):
+        value = getattr(config.data.augmentation, name)
+        if value % SIZE_MULTIPLE:
+            raise InputError(
+                f"data.augmentation.{name} must be a multiple of {SIZE_MULTIPLE} for training, got {value}"
+            )
+
+
+def _check_precision(config: TrainConfig, device: torch.device) -> None:
+    # PyTorch 2.15's (oneDNN's) bf16 weight gradient of a padded 3x3x3 convolution over two slices holds whatever was in
+    # memory. The hourglasses work on D/8 and D/16 slices.
+    if device.type == "cpu" and config.trainer.precision == "bf16" and config.model.max_disparity < 48:
+        raise InputError(
+            "trainer.precision=bf16 on the CPU gives wrong gradients with model.max_disparity below 48 (a fault of the "
+            "library underneath): use fp32 or a larger model.max_disparity"
+        )
+    if device.type == "cpu" and config.trainer.precision == "fp16" and not cpu_computes_float16():
+        logger.warning("trainer.precision=fp16 is far slower than fp32 on this CPU, which has no hardware for it")
+
+
+def _open_validation(config: DatasetConfig | None) -> Dataset[StereoSample] | None:
+    if config is None or (config.kind != "rendered" and config.root is None):
+        return None
+    return open_dataset(config)
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("trainer.device=cuda, but PyTorch finds no CUDA device: use trainer.device=cpu")
+    return torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - whatever draws from the global state shall be repeatable
+    torch.manual_seed(seed)
+
+
+def _random_state() -> dict[str, Any]:
+    """Return all global random states as tensors and plain data, which is what checkpoints may hold."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), np.asarray(keys).tolist(), *(x.item() if isinstance(x, np.generic) else x for x in rest)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _write_bytes(path: Path, content: bytes | memoryview) -> None:
+    path.write_bytes(content)

@@ -1,0 +1,23 @@
+# Sourced by scripts/demo and scripts/test: makes .venv beside pyproject.toml once, and puts its programs on the PATH.
+# usage: extras=... (empty, or "dev"), then . scripts/environment.sh
+
+set -eu
+cd "$(dirname "$0")/.."
+
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
+    echo "Python 3.10 or later is needed (found: $("$python" --version 2>&1 || echo none)); set PYTHON to one." >&2
+    exit 2
+}
+
+# What is installed is written down with what it was installed from; a second run finds the same and does nothing.
+wanted="extras=$extras $(cksum < pyproject.toml) $(pwd)"
+if [ ! -x .venv/bin/fa-stereo ] || ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    echo "Installing into .venv (PyTorch is large: a few minutes the first time) ..." >&2
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+    # An install with the extras serves without them too.
+    { [ -z "$extras" ] || echo "extras= $(cksum < pyproject.toml) $(pwd)"; echo "$wanted"; } > .venv/installed
+fi
+PATH="$(pwd)/.venv/bin:$PATH"
+export PATH

@@ -1,0 +1,167 @@
+"""fa-stereo check-data, run as a process: counts, problems, statistics, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fa_stereo.cli import check_data
+from fa_stereo.data.formats import write_kitti_disparity, write_pfm, write_picture
+from fa_stereo.errors import InputError
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fa_stereo.cli.main", "check-data", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def make_scene_flow(root: Path) -> Path:
+    """Three scenes in the official layout: one FlyingThings3D frame for each split, two Driving frames."""
+    scenes = [
+        ("FlyingThings3D", "TRAIN/A/0000", ["0006"]),
+        ("FlyingThings3D", "TEST/C/0000", ["0006"]),
+        ("Driving", "15mm_focallength/scene_forwards/fast", ["0001", "0002"]),
+    ]
+    for folder, scene, stems in scenes:
+        for stem in stems:
+            for view in ("left", "right"):
+                picture = root / folder / "frames_cleanpass" / scene / view / f"{stem}.png"
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                write_picture(picture, np.full((4, 6, 3), 90, np.uint8))
+            disparity = np.full((4, 6), 100, np.float32)
+            disparity[0] = 200
+            disparity[1, 0] = np.inf
+            path = root / folder / "disparity" / scene / "left" / f"{stem}.pfm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_pfm(path, disparity)
+    return root
+
+
+def test_counts_against_the_published_ones(tmp_path: Path) -> None:
+    make_scene_flow(tmp_path / "data")
+    done = run(tmp_path / "data", "--json", tmp_path / "report.json", "--workers", "2")
+    assert done.returncode == 1
+    assert "problems found" in done.stdout
+    assert "Monkaa is missing (official layout)" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    counts = {count["what"]: (count["found"], count["expected"]) for count in report["counts"]}
+    assert counts == {
+        "clean train flyingthings3d": (1, 22390),
+        "clean train monkaa": (0, 8664),
+        "clean train driving": (2, 4400),
+        "clean train driving/15mm_focallength": (2, 2200),
+        "clean train driving/35mm_focallength": (0, 2200),  # what the total alone would not show
+        "clean test flyingthings3d": (1, 4370),
+        "clean test TEST/A": (0, 1440),
+        "clean test TEST/B": (0, 1470),
+        "clean test TEST/C": (1, 1460),
+    }
+    assert report["layout"] == "official"
+    assert report["frames_read"] == 4
+    assert report["broken"] == []
+    assert report["sound"] is False
+
+
+def test_published_totals_add_up() -> None:
+    train = sum(n for (_, split), n in check_data.EXPECTED_FRAMES.items() if split == "train")
+    assert train == 35454
+    parts = check_data.EXPECTED_FRAMES_OF_PART
+    assert sum(n for (split, _), n in parts.items() if split == "test") == 4370
+    assert sum(n for (split, _), n in parts.items() if split == "train") == 4400
+
+
+def test_part_known_to_be_one_is_sound_and_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_scene_flow(tmp_path)
+    assert check_data.main([str(tmp_path), "--partial"]) == 0
+    out = capsys.readouterr().out
+    assert "all sound" in out
+    # of 24 pixels 6 hold 200, 17 hold 100 and 1 nothing
+    assert "min 100.00, mean 126.09, max 200.00 px; 26.09 % at least 192 px, 4.17 % without ground truth" in out
+
+
+def test_part_without_a_split_is_sound_but_not_with_half_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_scene_flow(tmp_path)
+    shutil.rmtree(tmp_path / "FlyingThings3D/frames_cleanpass/TEST")
+    assert check_data.main([str(tmp_path), "--partial", "--quick"]) == 1
+    assert "TEST is missing" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "FlyingThings3D/disparity/TEST")
+    assert check_data.main([str(tmp_path), "--partial", "--quick"]) == 0
+    assert check_data.main([str(tmp_path), "--quick"]) == 1
+
+
+def test_missing_and_broken_files_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_scene_flow(tmp_path / "data")
+    (tmp_path / "data/Driving/frames_cleanpass/15mm_focallength/scene_forwards/fast/right/0002.png").unlink()
+    truncated = tmp_path / "data/FlyingThings3D/disparity/TEST/C/0000/left/0006.pfm"
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    (tmp_path / "data/FlyingThings3D/frames_cleanpass/TRAIN/A/0000/left/0006.png").write_bytes(b"")
+    assert check_data.main([str(tmp_path / "data"), "--partial", "--json", str(tmp_path / "report.json")]) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [Path(file).name for file in report["missing"]] == ["0002.png"]
+    assert len(report["broken"]) == 2
+    assert "left/0006.png: the file is empty" in report["broken"][0]
+    assert "left/0006.pfm: the PFM file is truncated" in report["broken"][1]
+    out = capsys.readouterr().out
+    assert "1 files missing" in out
+    assert "broken: 2" in out
+
+
+def test_quick_reads_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_scene_flow(tmp_path)
+    for picture in tmp_path.rglob("*.png"):
+        picture.write_bytes(b"broken")
+    assert check_data.main([str(tmp_path), "--quick", "--partial"]) == 0
+    assert "disparity:" not in capsys.readouterr().out
+
+
+def test_limit_bounds_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_scene_flow(tmp_path)
+    assert check_data.main([str(tmp_path), "--partial", "--limit", "1", "--sets", "driving"]) == 0
+    out = capsys.readouterr().out
+    assert "read 1 frames" in out
+    assert "flyingthings3d" not in out
+
+
+def test_unusable_root_leaves_with_2(tmp_path: Path) -> None:
+    done = run(tmp_path / "none")
+    assert done.returncode == 2
+    assert "none: no such folder; data/README.md" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match="nothing of Scene Flow"):
+        check_data.main([str(tmp_path)])
+
+
+def test_report_that_cannot_be_written(tmp_path: Path) -> None:
+    make_scene_flow(tmp_path / "data")
+    with pytest.raises(InputError, match=r"report\.json: cannot be written"):
+        check_data.main([str(tmp_path / "data"), "--quick", "--json", str(tmp_path / "none/report.json")])
+
+
+def test_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("image_2", "image_3"):
+        (tmp_path / "training" / folder).mkdir(parents=True)
+        write_picture(tmp_path / "training" / folder / "000000_10.png", np.full((4, 6, 3), 90, np.uint8))
+    (tmp_path / "training/disp_occ_0").mkdir()
+    write_kitti_disparity(tmp_path / "training/disp_occ_0/000000_10.png", np.full((4, 6), 12.5))
+    assert check_data.main([str(tmp_path), "--kind", "kitti2015"]) == 1
+    assert check_data.main([str(tmp_path), "--kind", "kitti2015", "--partial"]) == 0
+    assert "mean 12.50" in capsys.readouterr().out
+
+
+def test_real_data(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_data.main([str(shared_data / "scene_flow"), "--partial", "--right-disparity"]) == 0
+    assert "read 3 frames, 0 broken" in capsys.readouterr().out
+    assert check_data.main([str(shared_data / "middlebury_v2"), "--kind", "middlebury_v2"]) == 0

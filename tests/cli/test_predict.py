@@ -1,0 +1,201 @@
+"""``fa-stereo predict`` on files, folders and patterns: what it writes, prints and warns of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fa_stereo.cli.main import main
+from fa_stereo.cli.predict import parse_formats
+from fa_stereo.data.formats import read_disparity, read_pfm, read_picture, write_picture
+from fa_stereo.errors import InputError
+from fa_stereo.inference import load_predictor
+from fa_stereo.visualization import colorize_disparity
+
+
+def write_pair(left: Path, right: Path, seed: int = 0, size: tuple[int, int] = (48, 64), disparity: int = 6) -> None:
+    """Write a textured pair, everything ``disparity`` px apart."""
+    rng = np.random.default_rng(seed)
+    height, width = size
+    texture = rng.integers(0, 256, (height // 4 + 1, (width + disparity) // 4 + 1, 3), dtype=np.uint8)
+    wide = texture.repeat(4, axis=0).repeat(4, axis=1)[:height]
+    for path in (left, right):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_picture(left, wide[:, :width])
+    write_picture(right, wide[:, disparity : width + disparity])
+
+
+def predict(*arguments: str | Path) -> int:
+    return main(["predict", *map(str, arguments), "--device", "cpu"])
+
+
+def test_one_pair_in_all_formats(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pair(Path("scene_left.png"), Path("scene_right.png"))
+    out = Path("new/results")
+    code = predict(
+        "scene_left.png", "scene_right.png", "-o", out, "--formats", "png,pfm,kitti,npy", "--checkpoint", checkpoint
+    )
+    assert code == 0
+    expected = load_predictor(checkpoint, "cpu")(read_picture("scene_left.png"), read_picture("scene_right.png"))
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["scene.npy", "scene.pfm", "scene.png", "scene_kitti.png"]
+    np.testing.assert_array_equal(np.load(out / "scene.npy"), expected.disparity)
+    np.testing.assert_array_equal(read_pfm(out / "scene.pfm"), expected.disparity)
+    np.testing.assert_allclose(read_disparity(out / "scene_kitti.png"), expected.disparity, atol=1 / 256)
+    np.testing.assert_array_equal(read_picture(out / "scene.png"), colorize_disparity(expected.disparity))
+    printed = capsys.readouterr().out.splitlines()
+    assert "64x48" in printed[0]
+    assert f"on cpu in {expected.precision}" in printed[0]
+    assert sorted(printed[1:]) == [str(out / name) for name in names]
+
+
+def test_by_default_a_picture_and_pfm_and_old_results_are_replaced(tmp_path: Path, checkpoint: Path) -> None:
+    write_pair(tmp_path / "im0.png", tmp_path / "im1.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "im0.pfm").write_text("old")
+    assert predict(tmp_path / "im0.png", tmp_path / "im1.png", "-o", out, "--checkpoint", checkpoint) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["im0.pfm", "im0.png"]  # and no temporary file
+    assert read_pfm(out / "im0.pfm").shape == (48, 64)
+
+
+@pytest.mark.parametrize("name", ["my.png", "my.pfm", "my.npy"])
+def test_a_single_pair_into_a_single_file(tmp_path: Path, checkpoint: Path, name: str) -> None:
+    write_pair(tmp_path / "a_l.png", tmp_path / "a_r.png")
+    out = tmp_path / "out" / name
+    assert predict(tmp_path / "a_l.png", tmp_path / "a_r.png", "-o", out, "--checkpoint", checkpoint) == 0
+    assert [path.name for path in out.parent.iterdir()] == [name]
+
+
+def test_folders_keep_their_sub_folders(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index, name in enumerate(("a/0001", "a/0002", "b/0001")):
+        write_pair(tmp_path / f"left/{name}.png", tmp_path / f"right/{name}.png", seed=index)
+    out = tmp_path / "out"
+    assert (
+        predict(tmp_path / "left", tmp_path / "right", "-o", out, "--formats", "npy", "--checkpoint", checkpoint) == 0
+    )
+    found = sorted(str(path.relative_to(out)) for path in out.rglob("*.npy"))
+    assert found == ["a/0001.npy", "a/0002.npy", "b/0001.npy"]
+    assert "3 of 3 pairs" in capsys.readouterr().out
+    expected = load_predictor(checkpoint, "cpu")(
+        read_picture(tmp_path / "left/b/0001.png"), read_picture(tmp_path / "right/b/0001.png")
+    )
+    np.testing.assert_array_equal(np.load(out / "b/0001.npy"), expected.disparity)
+
+
+def test_patterns(tmp_path: Path, checkpoint: Path) -> None:
+    for index in range(2):
+        write_pair(tmp_path / f"{index}_left.png", tmp_path / f"{index}_right.png", seed=index)
+    out = tmp_path / "out"
+    arguments = (tmp_path / "*_left.png", tmp_path / "*_right.png", "-o", out, "--formats", "pfm")
+    assert predict(*arguments, "--checkpoint", checkpoint) == 0
+    assert len(list(out.glob("*.pfm"))) == 2
+
+
+def test_a_bad_pair_among_others_is_named_and_the_rest_is_kept(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(3):
+        write_pair(tmp_path / f"left/{index}.png", tmp_path / f"right/{index}.png", seed=index)
+    damaged = tmp_path / "right/1.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    out = tmp_path / "out"
+    assert (
+        predict(tmp_path / "left", tmp_path / "right", "-o", out, "--formats", "npy", "--checkpoint", checkpoint) == 2
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["0.npy", "2.npy"]
+    captured = capsys.readouterr()
+    assert "2 of 3 pairs written" in captured.out
+    assert str(damaged) in captured.err
+    assert "1 of 3 pairs failed: 1" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_suspicious_pairs_are_warned_of_and_good_ones_are_not(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left, right = tmp_path / "left.png", tmp_path / "right.png"
+    write_pair(left, right, size=(240, 320), disparity=12)
+    arguments = ("-o", tmp_path / "out.npy", "--checkpoint", checkpoint)
+    assert predict(left, right, *arguments) == 0
+    assert capsys.readouterr().err == ""
+    assert predict(right, left, *arguments) == 0
+    assert "swapped" in capsys.readouterr().err
+    write_picture(right, np.roll(read_picture(right), 8, axis=0))
+    assert predict(left, right, *arguments) == 0
+    assert "unrectified" in capsys.readouterr().err
+
+
+def test_many_suspicious_pairs_do_not_flood_the_screen(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(8):
+        write_pair(tmp_path / f"right/{index}.png", tmp_path / f"left/{index}.png", size=(120, 160))
+    out = tmp_path / "out"
+    assert (
+        predict(tmp_path / "left", tmp_path / "right", "-o", out, "--formats", "npy", "--checkpoint", checkpoint) == 0
+    )
+    errors = capsys.readouterr().err
+    assert errors.count("look swapped") == 5
+    assert "8 of 8 pairs look unrectified or swapped" in errors
+    assert len(list(out.iterdir())) == 8
+
+
+def test_options_reach_the_predictor(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pair(tmp_path / "im0.png", tmp_path / "im1.png")
+    pair = (tmp_path / "im0.png", tmp_path / "im1.png")
+    out = tmp_path / "wide.npy"
+    code = predict(*pair, "-o", out, "--weights", checkpoint, "--precision", "bf16", "--max-disparity", "64")
+    assert code == 0
+    assert "in bf16" in capsys.readouterr().out
+    expected = load_predictor(checkpoint, "cpu", "bf16", 64)(*(read_picture(path) for path in pair))
+    np.testing.assert_array_equal(np.load(out), expected.disparity)
+
+
+def test_formats_are_parsed() -> None:
+    assert parse_formats(" PNG, npy,png") == ("png", "npy")
+    for wrong in ("jpg", "png,exr", "", ","):
+        with pytest.raises(InputError, match="--formats takes any of png,pfm,kitti,npy"):
+            parse_formats(wrong)
+
+
+def test_help_describes_the_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["predict", "--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("--formats", "--checkpoint", "--precision", "kitti", "swapped"):
+        assert word in text
+
+
+def test_result_cannot_be_a_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("left.png", "right.png"):
+        write_picture(tmp_path / name, np.zeros((32, 32, 3), np.uint8))
+    views = [str(tmp_path / "left.png"), str(tmp_path / "right.png")]
+    assert main(["predict", *views, "-o", str(tmp_path / "out.jpg")]) == 2
+    assert ".png, .pfm or .npy" in capsys.readouterr().err
+    assert not (tmp_path / "out.jpg").exists()
+
+
+def test_tiles_and_scale(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pair(tmp_path / "a_left.png", tmp_path / "a_right.png", size=(160, 64))
+    pair = [tmp_path / "a_left.png", tmp_path / "a_right.png"]
+    options = ["--checkpoint", checkpoint, "-o"]
+    assert predict(*pair, *options, tmp_path / "whole.npy") == 0
+    assert predict(*pair, "--tile", "64", *options, tmp_path / "tiled.npy") == 0
+    assert predict(*pair, "--memory", "2", *options, tmp_path / "memory.npy") == 0
+    assert predict(*pair, "--scale", "0.5", *options, tmp_path / "half.npy") == 0
+    whole, tiled, memory, half = (np.load(tmp_path / f"{n}.npy") for n in ("whole", "tiled", "memory", "half"))
+    np.testing.assert_allclose(tiled, whole, atol=0.5)
+    np.testing.assert_array_equal(memory, whole)
+    assert half.shape == whole.shape
+    assert not np.allclose(half, whole, atol=0.01)
+    capsys.readouterr()
+    for wrong, message in ((("--tile", "50"), "multiple of 16"), (("--scale", "-1"), "scale must be positive")):
+        assert predict(*pair, *wrong, *options, tmp_path / "x.npy") == 2
+        assert message in capsys.readouterr().err

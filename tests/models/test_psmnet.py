@@ -1,0 +1,136 @@
+"""The assembled network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from random_networks import randomize, tiny
+from torch import nn
+
+from fa_stereo.config import ATTENTION_SLOTS, AttentionConfig, ModelConfig
+from fa_stereo.errors import InputError
+from fa_stereo.models.layers import initialize_like_psmnet
+from fa_stereo.models.psmnet import PSMNet, StereoOutput, build_model
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_parameter_counts() -> None:
+    none = AttentionConfig(kind="none")
+    assert count(build_model(ModelConfig(attention=none))) == 5_224_768
+    # b = 64 on 128 channels: basis masks and coefficients 128 -> 64 each, value 128 -> 128 (paper, eq. 4)
+    attention = build_model().features.attention["res4"]
+    assert count(build_model()) == 5_224_768 + count(attention)
+    assert attention is not None
+    assert 30_000 < count(attention) < 35_000
+
+
+def test_initialisation_is_psmnets() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv3d(32, 64, 3)
+    initialize_like_psmnet(conv)
+    assert conv.weight.std().item() == pytest.approx((2 / (27 * 64)) ** 0.5, rel=0.02)
+    model = build_model(tiny())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm3d):
+            assert torch.all(module.weight == 1), name
+            assert torch.all(module.bias == 0), name
+
+
+@pytest.mark.parametrize("aggregation", ["stacked_hourglass", "basic"])
+def test_outputs(aggregation: str) -> None:
+    model = build_model(tiny(aggregation=aggregation))
+    left, right = torch.randn(2, 2, 3, 32, 48)
+    output = model.train()(left, right)
+    assert isinstance(output, StereoOutput)
+    assert len(output.disparities) == len(output.logits) == (3 if aggregation == "stacked_hourglass" else 1)
+    assert all(d.shape == (2, 32, 48) and d.dtype == torch.float32 for d in output.disparities)
+    assert all(s.shape == (2, 8, 8, 12) for s in output.logits)
+    disparity = model.eval()(left, right)
+    assert disparity.shape == (2, 32, 48)
+    assert 0 <= disparity.min() <= disparity.max() <= 31
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 31), (50, 37), (33, 129)])
+def test_any_size_equals_psmnets_padding(size: tuple[int, int]) -> None:
+    model = build_model(tiny()).eval()
+    height, width = size
+    left, right = torch.randn(2, 1, 3, height, width)
+    with torch.inference_mode():
+        disparity = model(left, right)
+        top, margin = -height % 16, -width % 16
+        padded = [nn.functional.pad(view, (0, margin, top, 0)) for view in (left, right)]
+        expected = model(*padded)[:, top:, :width]
+    assert disparity.shape == (1, height, width)
+    assert torch.equal(disparity, expected)
+
+
+def test_unusable_inputs() -> None:
+    model = build_model(tiny()).eval()
+    with pytest.raises(InputError, match="at least 16x16"):
+        model(torch.randn(1, 3, 15, 40), torch.randn(1, 3, 15, 40))
+    with pytest.raises(InputError, match="of one size"):
+        model(torch.randn(1, 3, 16, 40), torch.randn(1, 3, 16, 48))
+    with pytest.raises(InputError, match="too few for batch norm"):
+        model.train()(torch.randn(1, 3, 64, 64), torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "changes", [{}, {"align_corners": True}, {"aggregation": "basic"}, {"attention_slots": list(ATTENTION_SLOTS)}]
+)
+def test_default_path_equals_the_plain_one(changes: dict, training: bool) -> None:
+    """The cost volume and the score volume are never stored, and nothing changes: values and gradients in float64."""
+    model = build_model(tiny(**changes)).double().train(training)
+    randomize(model)
+    left, right = torch.randn(2, 2, 3, 32, 64, dtype=torch.float64)
+    upstream = torch.randn(2, 32, 64, dtype=torch.float64)
+    results = []
+    for plain in (True, False):
+        model.plain = plain
+        model.zero_grad()
+        output = model(left, right)
+        disparities = output.disparities if training else (output,)
+        sum((upstream * disparity).sum() for disparity in disparities).backward()
+        results.append((disparities, {name: p.grad for name, p in model.named_parameters()}))
+    (plain_disparities, plain_gradients), (disparities, gradients) = results
+    for ours, reference in zip(disparities, plain_disparities, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-9, rtol=0)
+    for name, reference in plain_gradients.items():
+        if reference is None:  # the first two heads' last layers, say, do take part: only eval mode leaves some out
+            assert gradients[name] is None
+            continue
+        scale = reference.abs().max().clamp(min=1e-9)
+        torch.testing.assert_close(gradients[name] / scale, reference / scale, atol=1e-7, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["factorized", "non_local", "axial"])
+def test_attention_starts_as_the_identity(kind: str) -> None:
+    """In every slot at once, the network with blocks computes what the network without them does."""
+    plain = build_model(tiny(attention=AttentionConfig(kind="none"))).eval()
+    attention = AttentionConfig(kind=kind, key_channels=8, heads=2)
+    model = build_model(tiny(attention=attention, attention_slots=list(ATTENTION_SLOTS))).eval()
+    missing = model.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.missing_keys
+    assert all(".attention." in key for key in missing.missing_keys)
+    left, right = torch.randn(2, 1, 3, 48, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(left, right), plain(left, right), atol=1e-4, rtol=0)
+
+
+def test_views_matter_and_shift_is_seen() -> None:
+    """The volume pairs left x with right x - d: a plain correlation of its two halves finds the shift."""
+    from fa_stereo.models.cost_volume import build_cost_volume
+
+    right = torch.randn(1, 8, 6, 40)
+    left = torch.roll(right, 5, dims=3)
+    volume = build_cost_volume(left, right, 12)
+    score = (volume[:, :8] * volume[:, 8:]).sum(1)[..., 12:].sum((0, 2, 3))
+    assert score.argmax() == 5
+
+
+def test_model_is_what_build_model_builds() -> None:
+    assert isinstance(build_model(), PSMNet)
+    assert build_model().config.attention.key_channels == 64

@@ -1,0 +1,121 @@
+"""torch.compile: the same function, in values and gradients, for the two parts that it takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fa_stereo import compilation
+from fa_stereo.compilation import check_compiler, compile_network, uncompiled
+from fa_stereo.config import AttentionConfig, ModelConfig
+from fa_stereo.errors import InputError
+from fa_stereo.models.optimized import optimize_for_inference
+from fa_stereo.models.psmnet import PSMNet, build_model
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Forget what earlier tests compiled and found out."""
+    torch.compiler.reset()
+    check_compiler.cache_clear()
+    yield
+    check_compiler.cache_clear()
+
+
+def tiny(**changes: Any) -> PSMNet:
+    torch.manual_seed(0)
+    attention = AttentionConfig(key_channels=4)
+    return build_model(ModelConfig(base_channels=4, max_disparity=16, attention=attention, **changes))
+
+
+def counting_backend(calls: list[int]) -> Callable[..., Any]:
+    """Return a backend that runs graphs as they are and records how many operations each has."""
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        calls.append(len(graph.graph.nodes))
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.parametrize("aggregation", ["stacked_hourglass", "basic"])
+def test_same_disparity(aggregation: str) -> None:
+    model = optimize_for_inference(tiny(aggregation=aggregation).eval())
+    views = torch.randn(2, 1, 3, 32, 64)
+    expected = model(*views)
+    compiled = compile_network(copy.deepcopy(model), backend="aot_eager")
+    torch.testing.assert_close(compiled(*views), expected, atol=1e-4, rtol=0)
+    wider = torch.randn(2, 2, 3, 48, 80)  # other sizes are compiled anew
+    torch.testing.assert_close(compiled(*wider), model(*wider), atol=1e-4, rtol=0)
+
+
+def test_same_gradients() -> None:
+    model = tiny().double().train()
+    compiled = compile_network(copy.deepcopy(model), backend="aot_eager")
+    views = torch.randn(2, 2, 3, 64, 64, dtype=torch.float64)
+    gradients = []
+    for network in (model, compiled):
+        outputs = network(*views).disparities
+        sum(disparity.square().mean() for disparity in outputs).backward()
+        gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()  # compiled parameters keep their names
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradients[1][name], gradient, atol=1e-8, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_whole_parts_are_compiled_and_copies_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "check_compiler", lambda *_: None)
+    calls: list[int] = []
+    model = tiny().eval()
+    plain = copy.deepcopy(model)
+    compile_network(model, backend=counting_backend(calls))  # type: ignore[arg-type]
+    views = torch.randn(2, 1, 3, 32, 32)
+    with torch.inference_mode():
+        plain(*views)
+        copy.deepcopy(model)(*views)
+        with uncompiled():
+            model(*views)
+        assert calls == []
+        model(*views)
+    assert sum(calls) > 100
+    found = len(calls)
+    with torch.inference_mode():
+        model(*views)
+    assert len(calls) == found  # the same size again
+
+
+def test_inductor_computes_the_same_features() -> None:
+    """The real compiler, on the smaller half of the network: it takes its time."""
+    try:
+        check_compiler(torch.device("cpu"))
+    except InputError as error:
+        pytest.skip(str(error))
+    model = optimize_for_inference(tiny().eval())
+    views = torch.randn(2, 1, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model.extract_features(*views)
+        model.features.compile(dynamic=False)
+        found = model.extract_features(*views)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_missing_compiler_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("InvalidCxxCompiler: no working C++ compiler found\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(InputError, match=r"does not work here \(InvalidCxxCompiler.*found\): install a C\+\+ compiler"):
+        compile_network(tiny())
+
+
+def test_a_compiler_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda x: x)
+    with pytest.raises(InputError, match="it computes wrong results"):
+        check_compiler(torch.device("cpu"))

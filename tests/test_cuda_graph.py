@@ -1,0 +1,84 @@
+"""CUDA graphs: which sizes are recorded and kept, and on a GPU that they compute the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fa_stereo.config import AttentionConfig, ModelConfig
+from fa_stereo.cuda_graph import GraphedNetwork, Network, record_cuda_graph
+from fa_stereo.errors import InputError
+from fa_stereo.models.optimized import optimize_for_inference
+from fa_stereo.models.psmnet import build_model
+
+
+class Recorder:
+    """Stands for the recording of graphs, which only a GPU can; tells the sizes recorded and replayed."""
+
+    def __init__(self) -> None:
+        self.recorded: list[int] = []
+        self.replayed: list[int] = []
+
+    def __call__(self, network: Network, left: Tensor, right: Tensor) -> Network:
+        self.recorded.append(left.shape[-1])
+
+        def replay(left: Tensor, right: Tensor) -> Tensor:
+            self.replayed.append(left.shape[-1])
+            return network(left, right)
+
+        return replay
+
+
+def views(width: int) -> tuple[Tensor, Tensor]:
+    return torch.full((1, 3, 4, width), 3.0), torch.full((1, 3, 4, width), 1.0)
+
+
+def difference(left: Tensor, right: Tensor) -> Tensor:
+    return (left - right).mean(1)
+
+
+def test_a_graph_from_the_second_pair_of_a_size_in_a_row_on() -> None:
+    recorder = Recorder()
+    network = GraphedNetwork(difference, record=recorder)
+    for width in (4, 8, 4, 8, 8, 8, 4, 4):
+        assert torch.equal(network(*views(width)), torch.full((1, 4, width), 2.0))
+    assert recorder.recorded == [8, 4]
+    assert recorder.replayed == [8, 8, 4]
+
+
+def test_the_sizes_used_last_are_kept() -> None:
+    recorder = Recorder()
+    network = GraphedNetwork(difference, most_graphs=2, record=recorder)
+    for width in (4, 4, 8, 8, 4, 12, 12, 4, 8, 8):
+        network(*views(width))
+    assert recorder.recorded == [4, 8, 12, 8]  # 12 took the place of 8, and 8 that of 12
+
+
+def test_without_a_gpu_the_network_is_only_called() -> None:
+    network = GraphedNetwork(difference)
+    for _ in range(3):
+        assert torch.equal(network(*views(4)), torch.full((1, 4, 4), 2.0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_recorded_network_computes_the_same() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(base_channels=8, max_disparity=32, attention=AttentionConfig(key_channels=8))
+    model = optimize_for_inference(build_model(config).eval().cuda())
+    pairs = [torch.randn(2, 1, 3, 64, 96, device="cuda") for _ in range(3)]
+    with torch.inference_mode():
+        replay = record_cuda_graph(model, *pairs[0])
+        results = [replay(*pair) for pair in pairs]
+        for pair, result in zip(pairs, results, strict=True):
+            torch.testing.assert_close(result, model(*pair), atol=0.01, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_cannot_be_recorded_is_an_input_error() -> None:
+    def waits(left: Tensor, right: Tensor) -> Tensor:
+        return left * float(right.max())
+
+    pair = torch.randn(2, 1, 3, 16, 16, device="cuda")
+    with torch.inference_mode(), pytest.raises(InputError, match="cannot be recorded as a CUDA graph"):
+        record_cuda_graph(waits, *pair)

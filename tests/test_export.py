@@ -1,0 +1,158 @@
+"""From training checkpoints to weights that travel: their values, their size, their record, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from training_runs import tiny_config, write_pairs
+
+from fa_stereo.cli.main import main
+from fa_stereo.config import DataConfig, from_plain
+from fa_stereo.errors import InputError
+from fa_stereo.export import export_weights, find_record, training_batches
+from fa_stereo.models.batch_norm import reestimate_batch_norm
+from fa_stereo.models.checkpoint import load_model, read_record, read_torch_file
+from fa_stereo.training import Trainer
+
+STATISTICS = ("running_mean", "running_var")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("export") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def run(pairs: Path) -> Path:
+    """The folder of a run of six steps that averaged its weights and was resumed once."""
+    folder = pairs.parent / "run"
+    for steps in (3, 6):
+        config = tiny_config(
+            pairs, folder, trainer__ema_decay=0.5, trainer__max_steps=steps, trainer__validate_every_steps=2,
+            trainer__init_from=None, data__validation={"kind": "pairs", "root": str(pairs)},
+        )  # fmt: skip
+        Trainer(config).run()
+    return folder
+
+
+def test_the_averaged_weights_in_half_precision(run: Path, tmp_path: Path) -> None:
+    export_weights(run, tmp_path / "half.safetensors")
+    state = read_torch_file(run / "last.pt")
+    assert any(not torch.equal(state["model"][name], state["ema"][name]) for name in state["ema"])
+    with safe_open(tmp_path / "half.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert tensors.keys() == state["ema"].keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, state["ema"][name].to(tensor.dtype)), name
+        kind = (
+            (torch.int64, torch.float32)[tensor.dim()] if tensor.dim() < 2 else torch.float16
+        )  # the first: batch norm
+        assert tensor.dtype == kind, name
+    export_weights(run / "last.pt", tmp_path / "single.safetensors", dtype=torch.float32)
+    assert all(
+        torch.equal(tensor, state["ema"][name])
+        for name, tensor in load_model(tmp_path / "single.safetensors").state_dict().items()
+    )
+    assert (tmp_path / "half.safetensors").stat().st_size < (tmp_path / "single.safetensors").stat().st_size
+
+
+def test_the_file_describes_itself(run: Path, pairs: Path, tmp_path: Path) -> None:
+    returned = export_weights(run, tmp_path / "w.safetensors", notes={"licence": "MIT"})
+    record = read_record(tmp_path / "w.safetensors")
+    assert record == json.loads(json.dumps(returned))
+    assert load_model(tmp_path / "w.safetensors").config.base_channels == 4
+    assert (record["steps"], record["samples_seen"], record["training_pairs"], record["epochs"]) == (6, 24, 6, 4)
+    assert (record["precision"], record["averaged"], record["licence"]) == ("fp32", True, "MIT")
+    assert record["hours"] > 0
+    assert len(record["machines"]) == 1  # the same before and after it was resumed
+    assert [line[0] for line in record["validation_curve"]] == [2, 3, 4, 6]
+    assert record["validation_curve"][-1][1] == record["validation"]["end_point_error"]
+    assert record["training"]["optimizer.learning_rate"] == 2e-3
+    assert record["started_from"] is None
+    assert str(pairs.parent) not in json.dumps(record)  # folders are nobody's business
+    # the run's own last weights have the same record
+    assert {**read_record(run / "weights.safetensors"), "hours": 0} == {**find_record(run / "last.pt"), "hours": 0}
+
+
+def test_what_the_weights_started_from_is_on_record(run: Path, pairs: Path, tmp_path: Path) -> None:
+    for number, start in enumerate((run / "weights.safetensors", run / "last.pt")):
+        folder = tmp_path / str(number)
+        Trainer(tiny_config(pairs, folder, trainer__max_steps=1, trainer__init_from=str(start))).run()
+        record = export_weights(folder, tmp_path / "w.safetensors")
+        assert record["steps"] == 1
+        assert record["started_from"]["steps"] == 6
+        assert record["started_from"]["validation"] == find_record(start)["validation"]
+
+
+def test_batch_norm_is_estimated_anew_over_the_runs_own_data(run: Path, tmp_path: Path) -> None:
+    record = export_weights(run, tmp_path / "w.safetensors", batch_norm_pairs=5, batch_size=3)
+    assert record["batch_norm_pairs"] == 6  # whole batches
+    before, after = load_model(run / "last.pt"), load_model(tmp_path / "w.safetensors").state_dict()
+    config = read_torch_file(run / "last.pt")["config"]
+    data = from_plain(DataConfig, config["data"])
+    assert data.augmentation.color == 1  # pairs are augmented as in training
+    expected = load_model(run / "last.pt")
+    reestimate_batch_norm(expected, training_batches(data, config["trainer"]["seed"], 5, 3))
+    for name, tensor in expected.state_dict().items():
+        if name.endswith(STATISTICS):
+            assert not torch.equal(after[name], before.state_dict()[name]), name
+            torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_data_that_has_moved(run: Path, pairs: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    state = read_torch_file(run / "last.pt")
+    state["config"]["data"]["train"]["root"] = str(tmp_path / "gone")
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="gone: no such folder"):
+        export_weights(tmp_path, tmp_path / "w.safetensors", batch_norm_pairs=2, batch_size=2)
+    moved.symlink_to(pairs)
+    export_weights(tmp_path, tmp_path / "w.safetensors", batch_norm_pairs=2, batch_size=2, data_root=str(moved))
+
+
+def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "w.safetensors"
+    arguments = ["--reestimate-batch-norm", "2", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
+    notes = ["--note", "hours=9.5", "--note", "data=pairs rendered here"]
+    assert main(["export-weights", str(run), "-o", str(out), *arguments, *notes]) == 0
+    printed = capsys.readouterr().out
+    for line in ("samples_seen: 24", "hours: 9.5", "validation_curve: 4 validations", "started_from: not known"):
+        assert line in printed
+    record = read_record(out)
+    assert (record["hours"], record["data"], record["batch_norm_pairs"]) == (9.5, "pairs rendered here", 2)
+
+
+def test_what_cannot_be_exported_is_refused_in_one_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = read_torch_file(run / "last.pt")
+    torch.save({"model_config": state["model_config"], "model": state["model"]}, tmp_path / "bare.pt")
+    torch.save({**state, "ema": {name: 1e6 * tensor for name, tensor in state["ema"].items()}}, tmp_path / "large.pt")
+    torch.save({**state, "config": {**state["config"], "data": {"train": {"kin": "pairs"}}}}, tmp_path / "other.pt")
+    (tmp_path / "file").write_text("in the way")
+    out = str(tmp_path / "w.safetensors")
+    for arguments, said in (
+        ([str(run), "-o", str(tmp_path / "w.pt")], "w.pt: name the output *.safetensors"),
+        ([str(tmp_path), "-o", out], f"{tmp_path / 'last.pt'}: no such checkpoint: name the folder of a run"),
+        ([str(tmp_path / "nowhere.pt"), "-o", out], "nowhere.pt: no such checkpoint file"),
+        ([str(run / "weights.safetensors"), "-o", out], "weights.safetensors: not a training checkpoint (no 'config')"),
+        ([str(tmp_path / "bare.pt"), "-o", out], "bare.pt: not a training checkpoint (no 'config')"),
+        ([str(tmp_path / "large.pt"), "-o", out], "is not finite in torch.float16; choose another precision"),
+        (
+            [str(tmp_path / "other.pt"), "-o", out, "--reestimate-batch-norm", "1"],
+            "other.pt: data.train.kin'; known here: ",
+        ),
+        ([str(run), "-o", str(tmp_path / "file" / "w.safetensors")], "w.safetensors: cannot be written ("),
+        ([str(run), "-o", out, "--note", "hours"], "--note hours: write it as KEY=VALUE"),
+        ([str(run), "-o", out, "--reestimate-batch-norm", "-1"], "--reestimate-batch-norm must be zero or more"),
+        ([str(run), "-o", out, "--batch-size", "0"], "--batch-size must be positive"),
+    ):
+        assert main(["export-weights", *arguments]) == 2, arguments
+        message = capsys.readouterr().err.strip()
+        assert said in message, message
+        assert len(message.splitlines()) == 1
+        assert not Path(out).exists()

@@ -1,0 +1,95 @@
+"""Limits on a process's memory, and how a lack of it is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fa_stereo.memory import available_memory, is_out_of_memory, left_in_control_groups, peak_memory, start_peak
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on the CPU are Linux'")
+
+LIMITED = """
+import json, sys, torch
+from fa_stereo import memory
+
+memory.return_large_blocks()
+before = memory.start_peak("cpu")
+limit = memory.MemoryLimit("cpu", 50 * 10**6)
+told = [limit.bytes, limit.by]
+small = torch.ones(5 * 10**6)
+try:
+    torch.ones(20 * 10**6)
+    failed = False
+except RuntimeError as error:
+    failed = memory.is_out_of_memory(error)
+peak = memory.peak_memory("cpu") - before
+limit.set(sys.maxsize)
+whole = [limit.bytes, limit.by]
+torch.ones(20 * 10**6)
+limit.lift()
+memory.keep_large_blocks()
+print(json.dumps({"told": told, "failed": failed, "peak": peak, "whole": whole}))
+"""
+
+
+@linux
+def test_allocations_beyond_the_limit_fail_and_can_be_caught() -> None:
+    result = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout)
+    assert found["told"] == [50 * 10**6, "budget"]
+    assert found["failed"]
+    assert 19 * 10**6 < found["peak"] < 50 * 10**6  # the tensor of 20 MB, and nothing of the one of 80 MB
+    assert found["whole"][1] == "machine"
+    assert found["whole"][0] > 50 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            True,
+        ),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_want_of_memory_is_recognized(error: Exception, told: bool) -> None:
+    assert is_out_of_memory(error) is told
+
+
+@linux
+def test_available_and_peak_memory() -> None:
+    assert 0 < available_memory() < 2**50
+    before = start_peak("cpu")
+    assert torch.ones(10**7).sum() == 10**7
+    assert peak_memory("cpu") >= before
+
+
+def test_control_groups_of_both_versions(tmp_path: Path) -> None:
+    def group(folder: str, **files: str) -> None:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / folder / name.replace("__", ".")).write_text(text)
+
+    group("memory", memory__limit_in_bytes="9223372036854771712", memory__usage_in_bytes="5", memory__stat="cache 3")
+    group(
+        "memory/jobs/a",
+        memory__limit_in_bytes="1000",
+        memory__usage_in_bytes="700",
+        memory__stat="inactive_file 1\ntotal_inactive_file 100",
+    )
+    group("jobs", memory__max="2000", memory__current="500", memory__stat="inactive_file 50")
+    group("jobs/b", memory__max="max", memory__current="400", memory__stat="inactive_file 50")
+    (tmp_path / "membership").write_text("4:memory:/jobs/a\n3:cpuset:/jobs\n0::/jobs/b\n")
+    left = list(left_in_control_groups(tmp_path / "membership", tmp_path))
+    assert left == [1000 - 700 + 100, 9223372036854771712 - 5, 2000 - 500 + 50]

@@ -1,0 +1,127 @@
+"""Bands of rows: seam-free, exact with enough overlap, within a memory budget."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fa_stereo.config import AttentionConfig, ModelConfig
+from fa_stereo.errors import InputError
+from fa_stereo.models.psmnet import PSMNet, build_model
+from fa_stereo.tiling import (
+    DEFAULT_OVERLAP_PX,
+    EXACT_OVERLAP_PX,
+    choose_band_height,
+    estimate_memory,
+    predict_in_bands,
+)
+
+
+def tiny(**changes) -> PSMNet:
+    torch.manual_seed(1)
+    settings = {"base_channels": 4, "max_disparity": 16, "attention": AttentionConfig(key_channels=4)} | changes
+    model = build_model(ModelConfig(**settings)).eval()
+    for name, tensor in model.state_dict().items():
+        if "attention" in name and tensor.is_floating_point() and not name.endswith("running_var"):
+            tensor.normal_(0, 0.2)
+        elif name.endswith(".norm.weight"):
+            tensor.uniform_(0.3, 0.6)
+    return model
+
+
+@pytest.mark.parametrize("aggregation", ["stacked_hourglass", "basic"])
+def test_enough_overlap_is_exact(aggregation: str) -> None:
+    model = tiny(aggregation=aggregation).double()
+    left, right = torch.randn(2, 1, 3, 1200, 20, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = model(left, right)
+        result = predict_in_bands(model, left, right, 304, EXACT_OVERLAP_PX)
+    torch.testing.assert_close(result, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("band_height", [16, 48, 64, 400])
+def test_no_seams(band_height: int) -> None:
+    """What bands change is small everywhere, and no larger at the borders between them than elsewhere."""
+    model = tiny()
+    left, right = torch.randn(2, 2, 3, 200, 50)
+    with torch.inference_mode():
+        expected = model(left, right)
+        result = predict_in_bands(model, left, right, band_height)
+    assert result.shape == expected.shape == (2, 200, 50)
+    jump = (result.diff(dim=1) - expected.diff(dim=1)).abs()
+    assert (result - expected).abs().max() < 0.02
+    assert jump.max() < 0.02
+
+
+def test_hard_borders_without_overlap() -> None:
+    model = tiny()
+    left, right = torch.randn(2, 1, 3, 64, 48)
+    with torch.inference_mode():
+        result = predict_in_bands(model, left, right, 32, overlap=0)
+        assert torch.isfinite(result).all()
+        # The features still come from the whole picture: the first band is not what a picture of its rows gives.
+        alone = model(left[:, :, :32], right[:, :, :32])
+    assert (result[:, :32] - alone).abs().max() > 1e-3
+
+
+def test_unusable_bands() -> None:
+    model = tiny()
+    left, right = torch.randn(2, 1, 3, 32, 32)
+    for band_height, overlap in ((0, 16), (-16, 16), (20, 16), (16, 10), (16, -16)):
+        with pytest.raises(InputError, match="multiple of 16"):
+            predict_in_bands(model, left, right, band_height, overlap)
+    with pytest.raises(ValueError, match="training mode"):
+        predict_in_bands(model.train(), left, right, 16)
+
+
+def test_band_height_for_a_budget() -> None:
+    config = ModelConfig()
+    whole = estimate_memory(config, 1080, 1920)
+    assert whole < 6e9
+    assert choose_band_height(config, 1080, 1920, whole) is None
+    band = choose_band_height(config, 1080, 1920, int(0.7 * whole))
+    assert band is not None
+    assert band % 16 == 0
+    assert estimate_memory(config, 1080, 1920, band) <= 0.7 * whole < estimate_memory(config, 1080, 1920, band + 16)
+    assert estimate_memory(config, 1080, 1920, bytes_per_value=2) < whole
+    with pytest.raises(InputError, match="even in the smallest bands"):
+        choose_band_height(config, 1080, 1920, 10**8)
+    assert 0 < DEFAULT_OVERLAP_PX < EXACT_OVERLAP_PX
+
+
+PEAK = """
+import sys, torch
+from fa_stereo.config import AttentionConfig, ModelConfig
+from fa_stereo.models.optimized import optimize_for_inference
+from fa_stereo.models.psmnet import build_model
+from fa_stereo.tiling import estimate_memory, predict_in_bands
+torch.set_num_threads(1)
+
+def peak_bytes():
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["VmHWM"].split()[0]) * 1024
+
+config = ModelConfig(base_channels=16, attention=AttentionConfig(kind="none"))
+model = optimize_for_inference(build_model(config))
+band = int(sys.argv[1]) or None
+with torch.inference_mode():
+    model(*torch.zeros(2, 1, 3, 32, 32))
+    before = peak_bytes()
+    pair = torch.zeros(2, 1, 3, 1280, 256)
+    predict_in_bands(model, *pair, band) if band else model(*pair)
+print(peak_bytes() - before, estimate_memory(config, 1280, 256, band))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+def test_memory_is_as_estimated() -> None:
+    peaks = []
+    for band in (0, 64):
+        run = subprocess.run([sys.executable, "-c", PEAK, str(band)], capture_output=True, text=True, check=True)
+        peak, estimate = map(int, run.stdout.split())
+        assert peak < 1.1 * estimate
+        peaks.append(peak)
+    assert peaks[1] < 0.9 * peaks[0]

@@ -1,0 +1,302 @@
+"""A run that is killed, stopped or starved of disk, and resumed, ends with the weights of one that was left alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import (
+    assert_identical,
+    assert_same_state,
+    command_line,
+    environment,
+    start,
+    tiny_config,
+    write_pairs,
+)
+
+import fa_stereo.training
+from fa_stereo.config import DatasetConfig, TrainConfig
+from fa_stereo.errors import InputError
+from fa_stereo.evaluation import Predict
+from fa_stereo.training import Trainer
+
+# Everything that has a state: the average, the clipping, the schedule, loader processes, validation.
+OPTIONS = [
+    "trainer.epochs=12", "trainer.checkpoint_every_steps=4", "trainer.ema_decay=0.9", "trainer.validate_every_steps=7",
+    "trainer.micro_batch_size=2", "trainer.gradient_clip_norm=1.0", "optimizer=adamw", "schedule=one_cycle",
+    "loss.cross_entropy_weight=0.3", "data.workers=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("resume") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def never_killed(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 18 steps in a process of its own, left alone."""
+    output = tmp_path_factory.mktemp("never_killed")
+    finish(pairs, output)
+    return output
+
+
+def finish(pairs: Path, output: Path) -> str:
+    process = start(command_line(pairs, output, *OPTIONS))
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert (output / "weights.safetensors").is_file()
+    return text
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], path: Path, newer_than: int) -> None:
+    """Wait until a checkpoint is there that was not there before."""
+    while process.poll() is None and (not path.is_file() or path.stat().st_mtime_ns <= newer_than):
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[0]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        assert_same_state(one / name, other / name)
+    assert_identical(*(load_file(folder / "weights.safetensors") for folder in (one, other)), "weights")
+    assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_killed_at_any_moment_and_resumed_is_as_if_never_killed(
+    pairs: Path, never_killed: Path, tmp_path: Path
+) -> None:
+    last = tmp_path / "last.pt"
+    moments = random.Random(5)
+    kills = 0
+    for _ in range(2):
+        newest = last.stat().st_mtime_ns if last.is_file() else 0
+        process = start(command_line(pairs, tmp_path, *OPTIONS))
+        wait_for_checkpoint(process, last, newest)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+    assert kills > 0
+    finish(pairs, tmp_path)
+    assert_same_end(tmp_path, never_killed)
+
+
+def test_killed_while_writing_a_checkpoint(pairs: Path, never_killed: Path, tmp_path: Path) -> None:
+    """The write is cut short half way, by SIGKILL, in the second checkpoint."""
+    script = """
+import os, signal, sys
+import fa_stereo.training as training
+from fa_stereo.cli.main import main
+
+write, sizes = training._write_bytes, []
+
+def cut_short(path, content):
+    if path.name.startswith(".last.pt"):
+        sizes.append(len(content))
+    if len(sizes) == 2:
+        path.write_bytes(content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+
+training._write_bytes = cut_short
+main(["train", *sys.argv[1:]])
+"""
+    arguments = command_line(pairs, tmp_path, *OPTIONS)
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], env=environment(), capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 4  # the first one, whole
+    assert list(tmp_path.glob("*.tmp"))
+    finish(pairs, tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+    assert_same_end(tmp_path, never_killed)
+
+
+def test_sigterm_to_the_whole_process_group_saves_and_leaves_with_success(
+    pairs: Path, never_killed: Path, tmp_path: Path
+) -> None:
+    """As a scheduler sends it: loader processes get it too."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fa_stereo.cli.main", "train", *command_line(pairs, tmp_path, *OPTIONS)],
+        env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    wait_for_checkpoint(process, tmp_path / "last.pt", 0)
+    os.killpg(process.pid, signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert "SIGTERM: finishing the step and saving" in text
+    assert f"the same command with output_dir={tmp_path} goes on" in text
+    assert "Traceback" not in text
+    stopped_at = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert stopped_at < 18
+    assert f"from step {stopped_at}, " in finish(pairs, tmp_path)
+    assert_same_end(tmp_path, never_killed)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the same inside one process
+
+
+def config_with_everything(pairs: Path, output: Path, **changes: Any) -> TrainConfig:
+    return tiny_config(
+        pairs, output, trainer__epochs=6, trainer__ema_decay=0.9, trainer__validate_every_steps=3,
+        trainer__checkpoint_every_steps=100, data__validation=DatasetConfig("pairs", str(pairs)), **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_a_step(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    Trainer(config_with_everything(pairs, tmp_path / "reference")).run()
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    train_step = Trainer.train_step
+
+    def interrupted(self: Trainer, *arguments: Any) -> dict[str, float]:
+        if self.step == 4:
+            os.kill(os.getpid(), number)
+        return train_step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        result = Trainer(config_with_everything(pairs, tmp_path / "run")).run()
+    assert (result.finished, result.step) == (False, 5)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    assert Trainer(config_with_everything(pairs, tmp_path / "run")).run().finished
+    assert_same_end(tmp_path / "run", tmp_path / "reference")
+
+
+def test_a_signal_during_validation_leaves_it_to_the_resumed_run(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainer(config_with_everything(pairs, tmp_path / "reference")).run()
+    network_predictor = fa_stereo.training.network_predictor
+
+    def interrupted(*arguments: Any, **options: Any) -> Predict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return network_predictor(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fa_stereo.training, "network_predictor", interrupted)
+        result = Trainer(config_with_everything(pairs, tmp_path / "run")).run()
+    assert (result.finished, result.step, result.validation) == (False, 3, {})
+    assert not (tmp_path / "run" / "best.pt").exists()
+    assert Trainer(config_with_everything(pairs, tmp_path / "run")).run().finished
+    assert_same_end(tmp_path / "run", tmp_path / "reference")
+
+
+def test_a_bad_validation_pair_does_not_cost_the_training_so_far(pairs: Path, tmp_path: Path) -> None:
+    broken = write_pairs(tmp_path / "validation")
+    (broken / "left" / "001.png").write_bytes(b"")
+    changes = {"trainer__validate_every_steps": 5, "data__validation": DatasetConfig("pairs", str(broken))}
+    with pytest.raises(InputError, match=r"001\.png"):
+        Trainer(tiny_config(pairs, tmp_path / "run", **changes)).run()
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Trainer, *arguments: Any) -> dict[str, float]:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still here")
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config_with_everything(pairs, tmp_path)).run()
+
+
+def test_the_random_states_are_restored(pairs: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(pairs, tmp_path))
+    random.seed(11)
+    np.random.seed(12)  # noqa: NPY002
+    torch.manual_seed(13)
+    np.random.standard_normal(3)  # noqa: NPY002 - leaves a half-used pair behind
+    trainer._save("last.pt")
+
+    def draw() -> list[Any]:
+        return [random.random(), random.gauss(0, 1), *np.random.standard_normal(3), *torch.rand(3).tolist()]  # noqa: NPY002
+
+    expected = draw()
+    Trainer(tiny_config(pairs, tmp_path))
+    assert draw() == expected
+
+
+def test_a_finished_run_can_be_made_longer(pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Trainer(tiny_config(pairs, tmp_path / "once", trainer__epochs=6)).run()
+    Trainer(tiny_config(pairs, tmp_path / "twice", trainer__epochs=3)).run()
+    with caplog.at_level(logging.INFO, logger="fa_stereo"):
+        result = Trainer(tiny_config(pairs, tmp_path / "twice", trainer__epochs=6)).run()
+    assert result.step == 9
+    assert "resuming with trainer.epochs = 6 (it was 3)" in caplog.text
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("once", "twice")]
+    assert_identical(states[0]["model"], states[1]["model"], "model")
+
+
+def test_the_micro_batch_may_change(pairs: Path, tmp_path: Path) -> None:
+    Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2)).run()
+    assert Trainer(tiny_config(pairs, tmp_path, trainer__epochs=4, trainer__micro_batch_size=2)).run().step == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer__batch_size": 2}, r"trainer\.batch_size is 2, but 4 in the run to resume"),
+        ({"trainer__seed": 1}, r"trainer\.seed is 1, but 0"),
+        ({"model__attention__kind": "none"}, r"model\.attention\.kind is none, but factorized"),
+        ({"data__train__limit": 5}, r"data\.train has 5 pairs, but had 6"),
+        ({"trainer__resume": None}, r"there is a run already"),
+    ],
+)
+def test_what_would_be_another_run_is_refused(
+    pairs: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    Trainer(tiny_config(pairs, tmp_path)).run()
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(InputError, match=message):
+        Trainer(tiny_config(pairs, tmp_path, **changes))
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(pairs: Path, tmp_path: Path) -> None:
+    Trainer(tiny_config(pairs, tmp_path)).run()
+    content = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"last\.pt.*truncated"):
+        Trainer(tiny_config(pairs, tmp_path))
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"other\.pt: not a training checkpoint"):
+        Trainer(tiny_config(pairs, tmp_path / "new", trainer__resume=str(tmp_path / "other.pt")))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE")
+def test_a_full_disk_in_a_real_process(pairs: Path, tmp_path: Path) -> None:
+    """No file may grow beyond 100 kB, as on a full disk: the checkpoint does not fit, the one before stays."""
+    Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2)).run()
+    before = (tmp_path / "last.pt").read_bytes()
+    assert len(before) > 200_000
+    arguments = command_line(pairs, tmp_path, "trainer.epochs=4", "data.validation=null")
+    process = subprocess.run(
+        [sys.executable, "-m", "fa_stereo.cli.main", "train", *arguments], env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )  # fmt: skip
+    assert process.returncode == 1, process.stdout
+    assert "last.pt: the checkpoint of step 6 could not be written" in process.stdout
+    assert "Traceback" not in process.stdout
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".last.pt*"))
