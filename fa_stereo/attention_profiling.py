@@ -566,8 +566,10 @@ def compare(cases: Sequence[Case], outcomes: Sequence[Outcome]) -> list[dict[str
             if reference != (case.variant, case.precision) and outcome.result is not None:
                 expected = measured[reference].result
                 assert expected is not None
-                row["deviation"] = float(np.abs(outcome.result - expected).max() / np.abs(expected).max())
-                row["deviation_from"] = " ".join(reference)
+                largest = np.abs(expected).max()
+                if largest > 0:  # what nothing adds is 0
+                    row["deviation"] = float(np.abs(outcome.result - expected).max() / largest)
+                    row["deviation_from"] = " ".join(reference)
         rows.append(row)
     return rows
 

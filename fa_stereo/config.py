@@ -46,6 +46,11 @@ def _check_positive(name: str, value: float | int | None, *, zero: bool = False,
         raise InputError(f"{name} must be {'zero or more' if zero else 'positive'}, got {value}")
 
 
+def _check_seed(name: str, value: int) -> None:
+    if not 0 <= value < 2**32:
+        raise InputError(f"{name} must be from 0 to {2**32 - 1}, got {value}")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # the network
 
@@ -270,8 +275,7 @@ class RenderConfig:
         for name in ("height", "width"):
             if getattr(self, name) < 16:
                 raise InputError(f"rendered.{name} must be at least 16 pixels, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise InputError(f"rendered.seed must be zero or more, got {self.seed}")
+        _check_seed("rendered.seed", self.seed)
         if self.max_shapes < self.min_shapes:
             raise InputError(
                 f"rendered.max_shapes ({self.max_shapes}) must not be below rendered.min_shapes ({self.min_shapes})"
@@ -543,6 +547,7 @@ class TrainerConfig:
         if self.compile and self.activation_checkpointing:
             raise InputError("trainer.compile and trainer.activation_checkpointing exclude each other: choose one")
         _check_choice("trainer.device", self.device, ("auto", "cpu", "cuda"))
+        _check_seed("trainer.seed", self.seed)
         for name in ("log_every_steps", "picture_every_steps", "validate_every_steps", "checkpoint_every_steps",
                      "keep_every_steps", "plateau_alarm_steps"):  # fmt: skip
             _check_positive(f"trainer.{name}", getattr(self, name), zero=True)
@@ -628,6 +633,7 @@ class ProtocolConfig:
         _check_choice("protocol.outlier_averaging", self.outlier_averaging, (None, *AVERAGINGS))
         _check_choice("protocol.empty", self.empty, ("skip", "zero"))
         _check_positive("protocol.images", self.images, none=True)
+        _check_seed("protocol.image_seed", self.image_seed)
         _check_positive("protocol.expected_images", self.expected_images, none=True)
         _check_positive("protocol.padding_multiple", self.padding_multiple)
         _check_positive("protocol.batch_size", self.batch_size)

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong, and here is the remedy"."""
+"""The exceptions that mean "the input is wrong, and here is the remedy"."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class InputError(ValueError):
     The message is one sentence that names the file or key and says what to do about it. The command line prints it
     without a traceback and leaves with exit code 2; in Python it is an ordinary ``ValueError``.
     """
+
+
+class RangeError(InputError):
+    """A value that the format asked for cannot hold; another format can."""

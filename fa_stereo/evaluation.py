@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fa_stereo import distributed
-from fa_stereo.config import AVERAGINGS, ProtocolConfig, from_plain, to_plain
+from fa_stereo.config import AVERAGINGS, ProtocolConfig, flatten, from_plain, to_plain
 from fa_stereo.data.formats import read_bytes, write_bytes
 from fa_stereo.data.loading import process_options
 from fa_stereo.data.sample import StereoSample, to_batch_item
@@ -508,10 +508,13 @@ def compare(
         seed: Of the bootstrap.
 
     Raises:
-        InputError: A folder holds no evaluation, the images or the protocols' pixels differ, or the metric is unknown.
+        InputError: A folder holds no evaluation, the data sets, the images or the protocols' pixels differ, or the
+            metric is unknown.
     """
     if samples < 1:
         raise InputError(f"samples must be positive, got {samples}")
+    if seed < 0:
+        raise InputError(f"seed must be zero or more, got {seed}")
     _check_same_pixels(Path(folder_a), Path(folder_b))
     a, b = (_read_per_image(Path(folder) / PER_IMAGE_FILE, metric) for folder in (folder_a, folder_b))
     for one, other, where in ((a, b, folder_b), (b, a, folder_a)):
@@ -572,7 +575,14 @@ def _read_per_image(path: Path, metric: str) -> dict[str, float]:
 
 
 def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
-    protocols = [_read_protocol(folder / METRICS_FILE) for folder in (folder_a, folder_b)]
+    protocols, sources = zip(*(_read_source(folder / METRICS_FILE) for folder in (folder_a, folder_b)), strict=True)
+    if None not in sources and sources[0] != sources[1]:
+        key = next(key for key in sources[0] if sources[0][key] != sources[1].get(key))
+        a, b = (source.get(key) for source in sources)
+        raise InputError(
+            f"{folder_a} and {folder_b} are evaluations of different images: {key} is {a} in one and {b} in the other; "
+            "evaluate both on the same data set"
+        )
     for name in ("min_disparity", "max_disparity", "crop", "min_valid_fraction"):
         a, b = (getattr(protocol, name) for protocol in protocols)
         if a != b:
@@ -582,9 +592,18 @@ def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
             )
 
 
-def _read_protocol(path: Path) -> ProtocolConfig:
+def _read_source(path: Path) -> tuple[ProtocolConfig, dict[str, Any] | None]:
+    """Return an evaluation's protocol and what makes its images, by full key; None where that was not recorded."""
     try:
         content = json.loads(read_bytes(path))
-        return from_plain(ProtocolConfig, content["protocol"], where=f"{path}: protocol")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        protocol = from_plain(ProtocolConfig, content["protocol"], where=f"{path}: protocol")
+        dataset = content.get("source", {}).get("dataset")
+        if dataset is None:
+            return protocol, None
+        images = {"dataset.kind": dataset["kind"]}
+        if dataset["kind"] == "rendered":  # of which the same names can be other pictures
+            rendered = flatten(dataset["rendered"], "dataset.rendered.")
+            images |= {k: v for k, v in rendered.items() if k.rpartition(".")[2] not in ("samples", "device")}
+        return protocol, images
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a result of 'fa-stereo evaluate'") from error

@@ -19,6 +19,7 @@ from fa_stereo.config import INFERENCE_PRECISIONS
 from fa_stereo.cuda_graph import GraphedNetwork, Network
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
+from fa_stereo.memory import is_out_of_memory
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.optimized import DTYPES, cpu_computes_bfloat16, cpu_computes_float16, optimize_for_inference
 from fa_stereo.models.psmnet import PSMNet
@@ -184,12 +185,12 @@ class DisparityPredictor:
                 disparity = self._predict(pair, precision)
             if not np.isfinite(disparity).all():
                 raise InputError("the network's disparity is not finite: its weights are damaged; load others")
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             raise InputError(
-                f"not enough memory on {self.device} for {width}x{height} pictures: use smaller ones, or a smaller "
-                "maximum disparity"
+                f"not enough memory on {self.device} for {width}x{height} pictures: compute them in bands (memory_gb; "
+                "--memory on the command line), or use a smaller scale or maximum disparity"
             ) from error
         if self.scale != 1:
             # Disparity in pixels of the smaller picture, each of which is width / disparity width pixels wide.
@@ -306,8 +307,3 @@ def _resize_pair(
     resized = [np.asarray(cv2.resize(np.ascontiguousarray(view), (width, height), interpolation=method), np.uint8)
                for view in (left, right)]  # fmt: skip
     return resized[0], resized[1]
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether the allocator of a GPU or of the CPU gave up (the latter has no exception type of its own)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -97,8 +97,18 @@ def keep_large_blocks() -> bool:
     return _set_malloc_option(_M_MMAP_THRESHOLD, 2**25) and _set_malloc_option(_M_TRIM_THRESHOLD, 2**26)
 
 
+def keep_freed_memory() -> bool:
+    """Have glibc keep all freed memory (up to 2 GiB at the end of the heap) for the next allocation of any size.
+
+    For programs that allocate the same large blocks over and over, as a network does: what was given back to the system
+    has to be cleared by it, page by page, when it is asked for again. It concerns the whole process, so that it is for
+    commands to call and not for the library.
+    """
+    return _set_malloc_option(_M_MMAP_MAX, 0) and _set_malloc_option(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 # From malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 def _set_malloc_option(option: int, value: int) -> bool:

@@ -248,6 +248,8 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
     """
     if task.threads is not None:
         torch.set_num_threads(task.threads)
+    if task.device != "cpu":
+        torch.cuda.set_device(task.device)  # what is synchronized and counted below
     run = build_run(task)
     before = _memory_in_use(task.device)
     result: Tensor | None = None

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fa_stereo.config import AttentionConfig, ModelConfig, to_plain
 from fa_stereo.errors import InputError
@@ -250,9 +250,16 @@ def count_multiply_adds(config: ModelConfig, height: int, width: int) -> int:
     avoided, see ``fa_stereo.models.cost_volume``. The pair is run through the network on the CPU.
     """
     model = _network(config).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # The CPU's fused attention, which not every version's counter knows.
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=fused) as counter:
         model(*torch.zeros(2, 1, 3, height, width))
     return int(counter.get_total_flops()) // 2
+
+
+def _fused_attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Return the FLOPs of fused attention from the shapes [B, h, N, width] of its inputs."""
+    return int(sdpa_flop_count(query, key, value))
 
 
 def count_kept_bytes(config: ModelConfig, height: int, width: int, batch: int = 1, precision: str = "fp32") -> int:

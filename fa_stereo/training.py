@@ -59,8 +59,11 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What must be as it was for a resumed run to see the data it would have seen.
-_MUST_AGREE = ("trainer.batch_size", "trainer.seed")
+# What must be as it was for a resumed run to see the data it would have seen, and for its optimizer's state to fit.
+_MUST_AGREE = ("trainer.batch_size", "trainer.seed", "optimizer.kind")
+
+# Loss scaling starts at 2^16 and halves with every gradient that overflows; down here it is not the scale's fault.
+_LEAST_LOSS_SCALE = 2.0**-14
 
 
 class TrainingError(RuntimeError):
@@ -213,10 +216,10 @@ class Trainer:
             self.step += 1
             if log:
                 self._report(log, values)
-            if self._all_agree_to_stop(stop) or not self._validate_if_due(log, stop):
-                self._save("last.pt")
+            stopping = self._all_agree_to_stop(stop) or not self._validate_if_due(log, stop)
+            self._save_if_due(stopping)
+            if stopping:
                 return False
-            self._save_if_due()
         return True
 
     def _batches(self) -> Iterator[Batch]:
@@ -298,7 +301,8 @@ class Trainer:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # Loss scaling overflows now and then; the scaler skips that step and lowers the scale.
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):
+        overflows = self.scaler.is_enabled() and self.scaler.get_scale() > _LEAST_LOSS_SCALE
+        if not overflows and not torch.isfinite(norm):
             raise self._not_finite("gradient", batch)
         if self.settings.gradient_clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip_norm, norm)
@@ -456,9 +460,9 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------------
     # checkpoints
 
-    def _save_if_due(self) -> None:
+    def _save_if_due(self, stopping: bool = False) -> None:
         names = []
-        if self._due_or_epoch_ends(self.settings.checkpoint_every_steps):
+        if stopping or self._due_or_epoch_ends(self.settings.checkpoint_every_steps):
             names.append("last.pt")
         if self._due(self.settings.keep_every_steps, self.step):
             names.append(f"step_{self.step:07d}.pt")
@@ -530,7 +534,8 @@ class Trainer:
         return None
 
     def _restore(self, path: Path) -> None:
-        state = read_torch_file(path)
+        # Only the first process reads: on several nodes the others may not have its disk.
+        state = distributed.broadcast_object(read_torch_file(path) if self.is_first else {})
         missing = {"model_config", "model", "optimizer", "scaler", "step", "random_states", "config"} - state.keys()
         if missing:
             raise InputError(
@@ -540,8 +545,14 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.model.load_state_dict(state["ema"] or state["model"])
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # decay rates and the like are this run's: those that were saved may have been changed
+        if state["scaler"]:  # empty where precision was not fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.alarm.load_state_dict(state["alarm"])
         self.step = self.saved_step = state["step"]
         self.validated_step = state["validated_step"]

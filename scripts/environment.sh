@@ -13,7 +13,14 @@ python="${PYTHON:-python3}"
 # What is installed is written down with what it was installed from; a second run finds the same and does nothing.
 wanted="extras=$extras $(cksum < pyproject.toml) $(pwd)"
 if [ ! -x .venv/bin/fa-stereo ] || ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    # A .venv without pip is one whose making failed half way, as it does where the system lacks python3-venv.
+    .venv/bin/python -m pip --version > /dev/null 2>&1 || {
+        rm -rf .venv
+        "$python" -m venv .venv || {
+            echo "$python cannot make a virtual environment: install its venv module (Debian, Ubuntu: python3-venv)" >&2
+            exit 2
+        }
+    }
     echo "Installing into .venv (PyTorch is large: a few minutes the first time) ..." >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
     # An install with the extras serves without them too.

@@ -12,7 +12,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from fa_stereo.cli.hydra_entry import find_conf_dir
-from fa_stereo.config import TrainConfig, from_plain
+from fa_stereo.config import ProtocolConfig, TrainConfig, from_plain, to_plain
+from fa_stereo.errors import InputError
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.weights import find_weights
 
@@ -113,7 +114,7 @@ def test_fine_tuning_goes_on_from_bundled_weights() -> None:
 
 
 def test_small_models_train_on_rendered_pairs() -> None:
-    for experiment in ("quick", "small_rendered"):
+    for experiment in ("quick", "small_rendered", "small_rendered_full_range"):
         config = make(f"experiment={experiment}")
         assert config.model.base_channels == 16
         assert config.data.train.kind == "rendered"
@@ -122,6 +123,16 @@ def test_small_models_train_on_rendered_pairs() -> None:
         assert config.data.validation.rendered.seed != config.data.train.rendered.seed
         assert config.data.train.rendered.max_disparity <= config.model.max_disparity
         assert config.data.validation.rendered.max_disparity == config.data.train.rendered.max_disparity
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_numpy_does_not_take_are_refused(seed: int) -> None:
+    with pytest.raises(InputError, match=r"trainer\.seed must be from 0 to 4294967295"):
+        make(f"trainer.seed={seed}")
+    with pytest.raises(InputError, match=r"rendered\.seed must be from 0"):
+        make("data=rendered", f"data.train.rendered.seed={seed}")
+    with pytest.raises(InputError, match=r"image_seed must be from 0"):
+        ProtocolConfig(image_seed=seed)
 
 
 def test_the_validation_reads_what_the_training_reads() -> None:
@@ -150,11 +161,12 @@ def test_attention_beats_the_experiment_and_the_command_line_beats_all() -> None
 def test_no_file_instantiates_objects_and_experiments_hold_differences_only() -> None:
     for path in CONF.rglob("*.yaml"):
         assert "_target_" not in path.read_text()
-    plain = yaml.safe_load(OmegaConf.to_yaml(OmegaConf.structured(make())))
     for option in options("experiment"):
         content = yaml.safe_load((CONF / "experiment" / f"{option}.yaml").read_text()) or {}
-        overridden = {next(iter(entry)).split("/")[-1] for entry in content.pop("defaults", [])}
-        _assert_different(content, plain, overridden, option)
+        entries = content.pop("defaults", [])
+        base = [f"experiment={entry}" for entry in entries if isinstance(entry, str)]  # one that this one goes on from
+        overridden = {next(iter(entry)).split("/")[-1] for entry in entries if not isinstance(entry, str)}
+        _assert_different(content, to_plain(make(*base)), overridden, option)
 
 
 def _assert_different(values: dict[str, object], defaults: dict[str, object], overridden: set[str], where: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fa_stereo.config import ModelConfig, ProtocolConfig
+from fa_stereo.config import DatasetConfig, ModelConfig, ProtocolConfig, RenderConfig, to_plain
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
@@ -414,6 +415,22 @@ def test_an_evaluation_does_not_differ_from_itself(two_runs: tuple[Path, Path]) 
     assert "equal on 4" in result.table()  # the images with a mask
 
 
+def test_pictures_of_one_name_are_not_always_the_same(tmp_path: Path) -> None:
+    def run(name: str, **source: Any) -> Path:
+        result = evaluate(brightness, Samples())
+        result.source = {"dataset": to_plain(DatasetConfig(**source))}
+        return saved(tmp_path / name, result)
+
+    hard = run("hard", kind="rendered", rendered=RenderConfig(samples=20))
+    easy = run("easy", kind="rendered", rendered=RenderConfig(difficulty=0.0))
+    with pytest.raises(InputError, match=r"different images: dataset\.rendered\.difficulty is 1\.0 in one and 0\.0 in"):
+        compare(hard, easy)
+    assert compare(hard, run("more", kind="rendered", rendered=RenderConfig(samples=30))).difference == 0
+    kitti = [run(kind, kind=kind, root="/data") for kind in ("kitti2012", "kitti2015")]
+    with pytest.raises(InputError, match=r"dataset\.kind is kitti2012 in one and kitti2015"):
+        compare(*kitti)
+
+
 def test_what_cannot_be_compared_is_refused(two_runs: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = two_runs
     fewer = saved(tmp_path / "fewer", evaluate(brightness, Samples(), max_images=9))
@@ -427,6 +444,8 @@ def test_what_cannot_be_compared_is_refused(two_runs: tuple[Path, Path], tmp_pat
         compare(a, tmp_path / "nowhere")
     with pytest.raises(InputError, match="samples must be positive"):
         compare(a, b, samples=0)
+    with pytest.raises(InputError, match="seed must be zero or more"):
+        compare(a, b, seed=-1)
     (b / "per_image.csv").write_text("name,skipped,end_point_error\nscene/0000,0,1.5\nscene/0000,0,2\n")
     with pytest.raises(InputError, match="'scene/0000' is there twice"):
         compare(a, b)

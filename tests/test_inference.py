@@ -214,15 +214,17 @@ def test_devices_and_precisions_are_checked() -> None:
 
 def test_out_of_memory_is_an_input_error_and_other_failures_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(torch.nn.Module):
-        message = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+        error: Exception = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
         def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError(self.message)
+            raise self.error
 
     predictor = DisparityPredictor(Failing(), device="cpu", precision="fp32")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="not enough memory on cpu for 56x40"):
-        predictor(*random_pair())
-    monkeypatch.setattr(Failing, "message", "shapes cannot be multiplied")
+    for error in (Failing.error, RuntimeError("could not create a primitive"), MemoryError()):
+        monkeypatch.setattr(Failing, "error", error)
+        with pytest.raises(InputError, match=r"not enough memory on cpu for 56x40 pictures: .*--memory"):
+            predictor(*random_pair())
+    monkeypatch.setattr(Failing, "error", RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="multiplied"):
         predictor(*random_pair())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,38 @@ def test_allocations_beyond_the_limit_fail_and_can_be_caught() -> None:
 )
 def test_want_of_memory_is_recognized(error: Exception, told: bool) -> None:
     assert is_out_of_memory(error) is told
+
+
+KEPT = """
+import ctypes, resource
+from fa_stereo import memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
+
+def faults(repeats, size=10**8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(repeats):
+        block = libc.malloc(size)
+        libc.memset(block, 1, size)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(1)
+usual = faults(5)
+assert memory.keep_freed_memory()
+faults(1)
+print(usual, faults(5))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
+def test_freed_memory_is_kept_for_the_next_allocation() -> None:
+    result = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    usual, kept = map(int, result.stdout.split())
+    assert usual >= 5  # 100 MB each time, in pages of whatever size
+    assert kept == 0
 
 
 @linux

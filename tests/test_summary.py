@@ -144,6 +144,17 @@ def test_a_block_adds_its_own_cost_to_the_count(kind: str) -> None:
     assert added == pytest.approx(block_cost(config.attention, 32, (16, 24)).flops, rel=0.15)
 
 
+def test_fused_attention_counts_like_any_other() -> None:
+    counts = []
+    for computation in ("materialized", "chunked", "fused"):
+        # as many key channels as values: the fused form pads the fewer
+        attention = AttentionConfig(kind="non_local", computation=computation, key_channels=32)
+        config = ModelConfig(base_channels=8, max_disparity=32, attention=attention)
+        counts.append(count_multiply_adds(config, 64, 96))
+    assert len(set(counts)) == 1
+    assert counts[0] > count_multiply_adds(network(kind="none"), 64, 96) + 2 * 2 * (16 * 24) ** 2 * 32
+
+
 def test_kept_bytes_are_those_of_a_small_network_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     class Small(nn.Module):
         def __init__(self) -> None:

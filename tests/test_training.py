@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,13 @@ def test_a_gradient_that_is_not_finite_stops_too(pairs: Path, tmp_path: Path, mo
     with pytest.raises(TrainingError, match="the gradient of step 1 is not finite"):
         trainer.run()
     assert torch.equal(trainer.model.features.stem[0].conv.weight, weight)
+
+
+def test_gradients_that_no_loss_scale_makes_finite_stop_the_run(pairs: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(pairs, tmp_path, trainer__precision="fp16", trainer__epochs=100))
+    next(iter(trainer.model.features.parameters())).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(TrainingError, match=r"the gradient of step 3\d is not finite"):
+        trainer.run()
 
 
 def test_a_full_disk_is_told_and_loses_nothing(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,11 +83,14 @@ def test_killed_at_any_moment_and_resumed_is_as_if_never_killed(
     last = tmp_path / "last.pt"
     moments = random.Random(5)
     kills = 0
-    for _ in range(2):
+    for turn in range(3):
         newest = last.stat().st_mtime_ns if last.is_file() else 0
         process = start(command_line(pairs, tmp_path, *OPTIONS))
-        wait_for_checkpoint(process, last, newest)
-        time.sleep(moments.uniform(0, 0.3))
+        if turn == 0:  # before there is any checkpoint
+            wait_for_checkpoint(process, tmp_path / "metrics.json", 0)
+        else:
+            wait_for_checkpoint(process, last, newest)
+            time.sleep(moments.uniform(0, 0.3))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
         process.communicate()
@@ -247,6 +250,39 @@ def test_a_finished_run_can_be_made_longer(pairs: Path, tmp_path: Path, caplog: 
     assert_identical(states[0]["model"], states[1]["model"], "model")
 
 
+def test_the_optimizers_settings_are_those_of_the_command(pairs: Path, tmp_path: Path) -> None:
+    """Saved with the state are those of the run before; what is told to have changed must have."""
+    Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2)).run()
+    changed = Trainer(
+        tiny_config(
+            pairs, tmp_path, trainer__epochs=4, optimizer__weight_decay=0.25, optimizer__betas=[0.5, 0.75],
+            trainer__precision="fp16",
+        )
+    )  # fmt: skip
+    (group,) = changed.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.25, (0.5, 0.75))
+    assert all(state["step"] == 3 for state in changed.optimizer.state.values())  # the moments went on
+    assert changed.scaler.is_enabled()
+    assert changed.scaler.get_scale() == 2**16  # there was none to go on with
+
+
+def test_a_signal_loses_no_checkpoint_that_is_to_be_kept(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = Trainer.train_step
+
+    def interrupted(self: Trainer, *arguments: Any) -> dict[str, float]:
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    result = Trainer(config_with_everything(pairs, tmp_path, trainer__keep_every_steps=2)).run()
+    assert (result.finished, result.step) == (False, 4)
+    for name in ("last.pt", "step_0000002.pt", "step_0000004.pt"):
+        assert (tmp_path / name).is_file(), name
+
+
 def test_the_micro_batch_may_change(pairs: Path, tmp_path: Path) -> None:
     Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2)).run()
     assert Trainer(tiny_config(pairs, tmp_path, trainer__epochs=4, trainer__micro_batch_size=2)).run().step == 6
@@ -257,6 +293,7 @@ def test_the_micro_batch_may_change(pairs: Path, tmp_path: Path) -> None:
     [
         ({"trainer__batch_size": 2}, r"trainer\.batch_size is 2, but 4 in the run to resume"),
         ({"trainer__seed": 1}, r"trainer\.seed is 1, but 0"),
+        ({"optimizer__kind": "sgd"}, r"optimizer\.kind is sgd, but adam"),
         ({"model__attention__kind": "none"}, r"model\.attention\.kind is none, but factorized"),
         ({"data__train__limit": 5}, r"data\.train has 5 pairs, but had 6"),
         ({"trainer__resume": None}, r"there is a run already"),

@@ -68,9 +68,15 @@ def _attend(child: str, key: str | None, module: nn.Module, _: tuple[Any, ...], 
     block = module.get_submodule(child)
     if key is None:
         return block(output)
-    place: Any = int(key) if isinstance(output, list) else key
+    place = _place(output, key)
     output[place] = block(output[place])
     return output
+
+
+def _place(output: Any, key: str) -> Any:
+    """Return the index or the key, of whatever type, that a position's key means in a list or a dict of maps."""
+    places = range(len(output)) if isinstance(output, list) else output
+    return next((place for place in places if str(place) == key), None)
 
 
 def _child_name(key: str | None) -> str:
@@ -116,11 +122,13 @@ def _record_outputs(network: nn.Module, modules: Mapping[str, nn.Module], exampl
 def _pick(name: str, output: Any, key: str | None) -> Tensor:
     """Return the map that a position names among the outputs of its module."""
     if key is not None and isinstance(output, dict | list):
-        keys = [str(k) for k in (output if isinstance(output, dict) else range(len(output)))]
-        if key not in keys:
-            raise InputError(f"{name}: this module returns maps by the keys {', '.join(keys)}")
-        place: Any = int(key) if isinstance(output, list) else key
+        place = _place(output, key)
+        if place is None:
+            keys = output if isinstance(output, dict) else range(len(output))
+            raise InputError(f"{name}: this module returns maps by the keys {', '.join(map(str, keys))}")
         output = output[place]
+    elif isinstance(output, tuple):
+        raise InputError(f"{name}: this module returns a tuple: name a module inside it that returns a map")
     elif key is not None or isinstance(output, dict | list):
         kind = type(output).__name__
         remedy = "leave out the key" if key is not None else "name one of its maps, as in NAME:KEY"

@@ -38,7 +38,9 @@ def run(config: EvaluateConfig) -> int:
     from fa_stereo import __version__, distributed
     from fa_stereo.data import open_dataset
     from fa_stereo.evaluation import evaluate, select_images
+    from fa_stereo.memory import keep_freed_memory
 
+    keep_freed_memory()
     dataset = open_dataset(config.dataset)
     predict, description = _predictor(config)
     folder = Path(config.output_dir)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fa_stereo.errors import InputError
+from fa_stereo.errors import InputError, RangeError
 
 if TYPE_CHECKING:
     from fa_stereo.data.pairs import PicturePair
@@ -217,7 +217,9 @@ def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
         InputError: An option is refused, or there are no such weights.
     """
     from fa_stereo.inference import load_predictor
+    from fa_stereo.memory import keep_freed_memory
 
+    keep_freed_memory()
     return load_predictor(
         named_weights(arguments),
         arguments.device,
@@ -281,10 +283,15 @@ def _predict_many(
                 if suspicious <= MOST_WARNINGS:
                     for sentence in judgement.warnings:
                         tqdm.write(f"warning: {pair.name}: {sentence}", file=sys.stderr)
+            try:
+                for path, kind in outputs[pair.name].items():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_disparity(path, prediction.disparity, kind)
+            except RangeError as error:  # this pair's alone; a folder that cannot be written ends it all
+                failed.append(pair.name)
+                tqdm.write(f"failed: {pair.name}: {error}", file=sys.stderr)
+                continue
             seconds.append(prediction.seconds)
-            for path, kind in outputs[pair.name].items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_disparity(path, prediction.disparity, kind)
     if suspicious > MOST_WARNINGS:
         print(f"warning: {suspicious} of {len(pairs)} pairs look unrectified or swapped", file=sys.stderr)
     if seconds:

@@ -20,8 +20,10 @@ def main(argv: list[str]) -> int:
         nonlocal stopped
         if stopped:  # a signal ends the sweep, not just one of its runs
             return 0
-        from fa_stereo.training import Trainer, TrainingError  # only now: a typo is told without delay
+        from fa_stereo.memory import keep_freed_memory  # only now: a typo is told without delay
+        from fa_stereo.training import Trainer, TrainingError
 
+        keep_freed_memory()
         try:
             stopped = not Trainer(config).run().finished
         except TrainingError as error:

@@ -20,6 +20,7 @@ import os
 import re
 import struct
 import tempfile
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fa_stereo.errors import InputError
+from fa_stereo.errors import InputError, RangeError
 
 PICTURE_EXTENSIONS = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 DISPARITY_EXTENSIONS = (".pfm", ".png", ".npy")
@@ -162,7 +163,7 @@ def _decode_picture(path: str | Path) -> NDArray[Any]:
             if image.mode == "F":
                 raise InputError(f"{path}: a picture with floating-point values; save it with 8 or 16 bits a channel")
             if image.mode.startswith("I"):
-                return _grey_to_rgb(_checked_16_bit(np.asarray(image), path))
+                return _turn(_grey_to_rgb(_checked_16_bit(np.asarray(image), path)), orientation)
             if _may_hold_16_bit_colour(image.format, content):
                 deep = _decode_16_bit_colour(content)
                 if deep is not None:
@@ -370,12 +371,13 @@ def write_kitti_disparity(path: str | Path, disparity: NDArray[np.floating[Any]]
     """Write KITTI's 16-bit PNG: value = disparity * 256, at least 1; 0 where the disparity is not finite.
 
     Raises:
-        InputError: A disparity of 256 px or more does not fit, or the folder cannot be written.
+        RangeError: A disparity of 256 px or more does not fit.
+        InputError: The folder cannot be written.
     """
     known = np.isfinite(disparity)
     values = np.rint(np.where(known, disparity, 0).astype(np.float64) * 256)
     if values.max(initial=0) > 65535:
-        raise InputError(
+        raise RangeError(
             f"{path}: a disparity of {values.max() / 256:.1f} px does not fit KITTI's 16-bit PNG (less than 256 px); "
             "use PFM or npy"
         )
@@ -427,7 +429,7 @@ def _read_npy(path: str | Path) -> NDArray[np.float32]:
     content = read_bytes(path)
     try:
         values = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError, zlib.error) as error:
+    except (ValueError, EOFError, OSError, SyntaxError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a NumPy array file, or a damaged one; save it again with numpy.save") from error
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "fiu":
         raise InputError(f"{path}: a disparity is an array [H, W] of numbers")

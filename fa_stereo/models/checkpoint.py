@@ -96,8 +96,11 @@ def save_weights(
 def read_record(path: str | Path) -> dict[str, Any]:
     """Return the record stored with weights: how they were trained."""
     metadata, _ = _read_safetensors(Path(path))
-    record: dict[str, Any] = json.loads(metadata.get("record", "{}"))
-    return record
+    try:
+        record = json.loads(metadata.get("record", "{}"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: its record is damaged ({error}); export the file again") from error
+    return record if isinstance(record, dict) else {}
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> PSMNet:
@@ -118,7 +121,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> PSMNet:
     try:
         with torch.device("meta"):  # compare the shapes before memory is taken: a file can claim any size
             own = build_model(config).state_dict()
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # of an altered file: it can hold anything
         raise InputError(f"{path}: its model configuration cannot be used ({error}); export the file again") from error
     wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
     wrong += [key for key in state if key not in own]

@@ -69,7 +69,12 @@ def convolve_cost_volume(
 
     Returns:
         [B, O, D, H, W], in channels_last_3d memory.
+
+    Raises:
+        ValueError: ``disparities`` is below 2.
     """
+    if disparities < 2:  # the first and the last disparity would be one, and lack taps at both ends
+        raise ValueError(f"disparities must be at least 2, got {disparities}")
     channels, width = left.shape[1], left.shape[3]
     left_taps, right_taps = weight[:, :channels], weight[:, channels:]  # [O, C, a, row, b]
     # The surviving a at d = 0, in the middle, and at d = D - 1: one group of O output channels each.

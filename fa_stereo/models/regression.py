@@ -74,8 +74,10 @@ def _triton_regression(device: torch.device) -> Callable[..., Tensor] | None:
     try:
         from fa_stereo.models.regression_triton import TritonRegression
 
-        matrix = torch.tensor([[1.0], [1.0]], device=device)
-        TritonRegression.apply(torch.zeros(1, 1, 1, 1, device=device), matrix, matrix, matrix)
+        with torch.inference_mode(False), torch.enable_grad():  # the backward kernel must work, too
+            matrix = torch.tensor([[1.0], [1.0]], device=device)
+            logits = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
+            TritonRegression.apply(logits, matrix, matrix, matrix).sum().backward()
     except ImportError:
         return None
     except Exception as error:  # whatever a compiler and a driver that do not fit each other come up with

@@ -165,6 +165,40 @@ def test_positions_that_cannot_have_a_block(network: Pyramid, picture: Tensor, p
     assert list(network.state_dict()) == before  # all or nothing
 
 
+class OtherReturns(nn.Module):
+    """Maps by numbers, and in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbered = Numbered()
+        self.paired = Paired()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.numbered(x)[3] + self.paired(x)[0]
+
+
+class Numbered(nn.Module):
+    def forward(self, x: Tensor) -> dict[int, Tensor]:
+        return {3: x + 1}
+
+
+class Paired(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+def test_keys_that_are_numbers_and_maps_in_tuples(picture: Tensor) -> None:
+    network = OtherReturns()
+    before = network(picture)
+    block = insert_attention(network, {"numbered:3": SMALL}, picture)["numbered:3"]
+    assert torch.equal(network(picture), before)
+    nn.init.ones_(next(iter(list(block.parameters())[::-1])))  # no longer the identity
+    assert not torch.equal(network(picture), before)
+    for position in ("paired", "paired:0"):
+        with pytest.raises(InputError, match="returns a tuple: name a module inside it"):
+            insert_attention(network, {position: SMALL}, picture)
+
+
 def test_a_place_is_taken_once_and_containers_are_refused(network: Pyramid, picture: Tensor) -> None:
     insert_attention(network, {"deep": SMALL}, picture)
     with pytest.raises(InputError, match="has 'attention' already"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from fa_stereo.cli.main import main
 from fa_stereo.cli.predict import parse_formats
 from fa_stereo.data.formats import read_disparity, read_pfm, read_picture, write_picture
 from fa_stereo.errors import InputError
-from fa_stereo.inference import load_predictor
+from fa_stereo.inference import DisparityPredictor, Prediction, load_predictor
 from fa_stereo.visualization import colorize_disparity
 
 
@@ -114,6 +115,28 @@ def test_a_bad_pair_among_others_is_named_and_the_rest_is_kept(
     assert str(damaged) in captured.err
     assert "1 of 3 pairs failed: 1" in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_a_disparity_that_the_format_cannot_hold_costs_no_other_pair(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        write_pair(tmp_path / f"left/{index}.png", tmp_path / f"right/{index}.png", seed=index)
+    call = DisparityPredictor.__call__
+    count = iter(range(3))
+
+    def far(self: DisparityPredictor, left: np.ndarray, right: np.ndarray) -> Prediction:
+        prediction = call(self, left, right)
+        return dataclasses.replace(prediction, disparity=prediction.disparity + 300) if next(count) == 1 else prediction
+
+    monkeypatch.setattr(DisparityPredictor, "__call__", far)
+    out = tmp_path / "out"
+    arguments = (tmp_path / "left", tmp_path / "right", "-o", out, "--formats", "kitti", "--checkpoint", checkpoint)
+    assert predict(*arguments) == 2
+    assert len(list(out.iterdir())) == 2
+    errors = capsys.readouterr().err
+    assert "does not fit KITTI's 16-bit PNG" in errors
+    assert "1 of 3 pairs failed: 1" in errors
 
 
 def test_suspicious_pairs_are_warned_of_and_good_ones_are_not(

@@ -129,6 +129,12 @@ def test_camera_orientation_is_applied_at_8_and_16_bit(tmp_path: Path, orientati
     np.testing.assert_array_equal(read_picture(tmp_path / "turned.png"), expected)
     np.testing.assert_array_equal(formats._turn(picture, orientation), expected)
 
+    deep = picture[..., 0].astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png", exif=exif)
+    with Image.open(tmp_path / "deep.png") as image:
+        assert image.mode.startswith("I")
+    np.testing.assert_array_equal(read_picture(tmp_path / "deep.png")[..., 1], expected[..., 0])
+
 
 @pytest.mark.parametrize("name", ["a.webp", "a.bmp", "a.ppm", "a.tif"])
 def test_other_lossless_formats(tmp_path: Path, name: str) -> None:
@@ -357,6 +363,7 @@ def test_npy_disparity(tmp_path: Path) -> None:
 def test_npy_with_pickle_or_damage_or_another_shape_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04 and no archive")
     np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2)))
     np.save(tmp_path / "words.npy", np.array([["a"]]))
     np.save(tmp_path / "whole.npy", np.zeros((9, 9)))

@@ -233,7 +233,15 @@ def test_vertical_jitter_moves_only_the_right_view() -> None:
     whole = shift_rows(sample.right, 3)
     np.testing.assert_array_equal(whole[3:], sample.right[:-3])
     np.testing.assert_array_equal(whole[:3], np.repeat(sample.right[:1], 3, axis=0))
-    assert warp_error(result) < 40
+
+    # Drawn with another seed, the pictures at the same rows again: the disparity is still theirs.
+    for seed in range(4):
+        result = TrainingTransform(config)(sample, np.random.default_rng(seed))
+        shift_px = np.random.default_rng(seed).uniform(-2.0, 2.0)
+        back = dataclasses.replace(result, right=shift_rows(result.right, -shift_px))
+        assert warp_error(back) < 2.5
+        wrong = dataclasses.replace(back, disparity=back.disparity * np.float32(1.2))
+        assert warp_error(wrong) > 8
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,8 @@ def test_tensors_that_contradict_the_configuration(tmp_path: Path) -> None:
         {"model_config": 5},
         {"model_config": {"base_channels": "8"}},
         {"model_config": {"base_channels": 8, "nonsense": 1}},
+        {"model_config": {"base_channels": 8.0}},
+        {"model_config": {"attention": None}},
         {"model_config": {"base_channels": 10**9}},
         {"model_config": {"base_channels": 10**5}},  # refused before memory is taken for it
         {"model": 5},
@@ -199,6 +201,12 @@ def test_altered_metadata_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors", metadata)
     with pytest.raises(InputError, match=r"w\.safetensors: its model configuration cannot be used"):
         load_model(tmp_path / "w.safetensors")
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors", {"record": "{"})
+    with pytest.raises(InputError, match=r"w\.safetensors: its record is damaged"):
+        read_record(tmp_path / "w.safetensors")
 
 
 def test_archive_that_is_really_a_tar(tmp_path: Path, weights: Path) -> None:

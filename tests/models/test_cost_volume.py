@@ -61,7 +61,40 @@ def test_convolution_takes_any_memory(arrange: str) -> None:
             return torch.stack([x, -x], dim=-1)[..., 0]
         return x.transpose(2, 3).contiguous().transpose(2, 3)
 
-    left, right = torch.randn(2, 2, 3, 6, 11, dtype=torch.float64)
-    weight = torch.randn(4, 6, 3, 3, 3, dtype=torch.float64)
-    result = convolve_cost_volume(arranged(left), arranged(right), weight, 4)
-    torch.testing.assert_close(result, convolve_cost_volume_reference(left, right, weight, 4), atol=1e-12, rtol=0)
+    left, right = (torch.randn(2, 3, 6, 11, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(4, 6, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    kernel = weight.contiguous(memory_format=torch.channels_last_3d) if arrange == "channels_last" else weight
+    result = convolve_cost_volume(arranged(left), arranged(right), kernel, 4)
+    expected = convolve_cost_volume_reference(left, right, weight, 4)
+    torch.testing.assert_close(result, expected, atol=1e-12, rtol=0)
+
+    upstream = torch.randn(*expected.shape[:3], 11, 6, dtype=torch.float64).transpose(3, 4)
+    inputs = (left, right, weight)
+    for ours, plain in zip(
+        torch.autograd.grad(result, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_low_precision_accumulates_in_float32(dtype: torch.dtype, tolerance: float) -> None:
+    """By autocast, values and gradients; a sum over 24 disparities in bfloat16 alone would be off by more."""
+    left, right = (torch.randn(1, 8, 12, 40, requires_grad=True) for _ in range(2))
+    weight = (torch.randn(8, 16, 3, 3, 3) / 20).requires_grad_()
+    inputs = (left, right, weight)
+    expected = convolve_cost_volume_reference(left, right, weight, 24)
+    with torch.autocast("cpu", dtype=dtype):
+        result = convolve_cost_volume(left, right, weight, 24)
+    assert result.dtype == dtype
+    upstream = torch.randn_like(expected)
+    results = [result, *torch.autograd.grad(result, inputs, upstream.to(dtype))]
+    plain = [expected, *torch.autograd.grad(expected, inputs, upstream)]
+    for ours, reference in zip(results, plain, strict=True):
+        difference = ours.float() - reference
+        assert (difference.norm() / reference.norm()).item() < tolerance
+
+
+def test_fewer_than_two_disparities_are_refused() -> None:
+    left = torch.zeros(1, 2, 3, 5)
+    with pytest.raises(ValueError, match="disparities must be at least 2, got 1"):
+        convolve_cost_volume(left, left, torch.zeros(2, 4, 3, 3, 3), 1)

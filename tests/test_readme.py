@@ -1,0 +1,105 @@
+"""README: its commands exist and are understood, its Python runs, and its demo row is what the demo prints."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from fa_stereo.cli.demo import measure, read_demo_pair
+from fa_stereo.cli.hydra_entry import find_conf_dir
+from fa_stereo.cli.main import COMMANDS
+from fa_stereo.cli.train import _expand_alias
+from fa_stereo.config import EvaluateConfig, ModelConfig, RenderConfig, TrainConfig, from_plain
+from fa_stereo.data.rendered import render_pair
+from fa_stereo.inference import load_predictor
+from fa_stereo.models.checkpoint import save_weights
+from fa_stereo.models.psmnet import build_model
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    """Return every command line of README that begins with fa-stereo, in blocks and in running text."""
+    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S))
+    lines = [line for line in blocks.splitlines() if line.startswith("fa-stereo ")]
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
+    lines += [" ".join(code.split()) for code in re.findall(r"`(fa-stereo [^`]+)`", prose)]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def test_there_are_commands_and_snippets_to_test() -> None:
+    assert len(commands()) > 15
+    assert len(PYTHON) == 2
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_are_understood(command: list[str]) -> None:
+    name, *arguments = command
+    assert name in COMMANDS
+    if name not in ("train", "evaluate") or "compare" in arguments or {"-m", "--help"} & set(arguments):
+        return
+    schema = TrainConfig if name == "train" else EvaluateConfig
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    OmegaConf.register_new_resolver("started", lambda pattern: "now", replace=True)
+    with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
+        composed = compose(name, [_expand_alias(argument) for argument in arguments if argument != "..."])
+    plain: Any = OmegaConf.to_container(composed, resolve=True)
+    from_plain(schema, plain)
+
+
+def test_the_python_of_prediction_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_weights(build_model(ModelConfig(base_channels=4, max_disparity=32)), "weights.safetensors")
+    left, right = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
+    names: dict[str, Any] = {"left": left, "right": right}
+    exec(PYTHON[0], names)
+    assert names["disparity"].shape == (48, 64)
+    assert names["disparity"].dtype == np.float32
+    assert names["model"].config.base_channels == 4
+
+
+def test_the_python_of_attention_elsewhere_runs() -> None:
+    pytest.importorskip("torchvision")
+    names: dict[str, Any] = {}
+    exec(PYTHON[1], names)
+    assert names["model"].backbone.body.layer3.attention is not None
+    with torch.no_grad():
+        assert len(names["model"].eval()(torch.rand(1, 3, 64, 96))) == 1
+
+
+def test_the_demo_pair_is_what_the_stated_command_renders() -> None:
+    stated = re.search(
+        r"fa-stereo render pair --samples 1 --height (\d+) --width (\d+) --seed (\d+) --option min_shapes=(\d+)",
+        " ".join(README.split()),
+    )
+    assert stated is not None
+    height, width, seed, shapes = map(int, stated.groups())
+    rendered = render_pair(RenderConfig(height=height, width=width, samples=1, seed=seed, min_shapes=shapes), 0)
+    bundled = read_demo_pair()
+    assert bundled.disparity is not None
+    assert rendered.disparity is not None
+    # Another processor may round the last bit otherwise, and thereby move a pixel at an edge.
+    assert np.mean(np.abs(rendered.disparity - bundled.disparity) > 1e-3) < 1e-3
+    for view in ("left", "right"):
+        difference = np.abs(getattr(rendered, view).astype(int) - getattr(bundled, view))
+        assert np.mean(difference > 1) < 1e-3, view
+
+
+def test_the_demo_row_is_measured() -> None:
+    row = next(line for line in README.splitlines() if line.startswith("| the bundled rendered pair"))
+    stated = [float(figure) for figure in re.findall(r"([\d.]+) (?:px|%)", row)]
+    pair = read_demo_pair()
+    disparity = load_predictor("small", "cpu", "fp32")(pair.left, pair.right).disparity
+    error, _, bad_3 = measure(disparity, pair)
+    assert stated[0] == pytest.approx(error, abs=0.011)
+    assert stated[1] == pytest.approx(bad_3, abs=0.11)
