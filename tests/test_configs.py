@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from fa_stereo.cli.hydra_entry import find_conf_dir
-from fa_stereo.config import ProtocolConfig, TrainConfig, from_plain, to_plain
+from fa_stereo.config import ATTENTION_KINDS, ProtocolConfig, TrainConfig, from_plain, to_plain
 from fa_stereo.errors import InputError
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.weights import find_weights
@@ -149,7 +149,13 @@ def test_the_validation_reads_what_the_training_reads() -> None:
 @pytest.mark.parametrize(("model", "attention"), list(itertools.product(options("model"), options("attention"))))
 def test_the_attention_is_chosen_apart_from_the_model(model: str, attention: str) -> None:
     config = make(f"model={model}", f"attention={attention}")
-    assert config.model.attention.kind == attention
+    kind, _, variant = attention.rpartition("_") if attention not in ATTENTION_KINDS else (attention, "", "")
+    found = config.model.attention
+    assert found.kind == kind
+    assert (found.normalization == "dot", found.transformer) == (variant == "dot", variant == "transformer")
+    assert (found.heads == 8) == (variant in ("heads", "transformer") or kind == "axial")
+    assert (found.value_channels is not None) == (variant == "bottleneck")
+    assert found.computation == (variant if variant in ("chunked", "fused") else "materialized")
     assert config.model.attention_slots == ["res4"]
 
 
