@@ -107,6 +107,14 @@ def keep_freed_memory() -> bool:
     return _set_malloc_option(_M_MMAP_MAX, 0) and _set_malloc_option(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def return_freed_memory() -> bool:
+    """Give the memory that was freed so far, and that glibc keeps, back to the system; tell whether there was any."""
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+
+
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 

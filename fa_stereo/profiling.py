@@ -29,6 +29,7 @@ from fa_stereo.compilation import compile_network
 from fa_stereo.config import INFERENCE_PRECISIONS, AttentionConfig, ModelConfig
 from fa_stereo.cuda_graph import record_cuda_graph
 from fa_stereo.errors import InputError
+from fa_stereo.memory import keep_freed_memory, return_freed_memory
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
 from fa_stereo.models.optimized import DTYPES, optimize_for_inference, prepare_for_training
@@ -68,6 +69,8 @@ class Task:
         threads: Of the CPU; None for PyTorch's choice.
         activation_checkpointing: In the training step.
         pictures: Files of left and right views for the part ``pairs``, which has no other size.
+        example: File of ``example_pair`` in NumPy's format, so that rendering it is no part of what is measured; None
+            renders it in the measuring process.
     """
 
     part: str
@@ -83,6 +86,7 @@ class Task:
     threads: int | None = None
     activation_checkpointing: bool = False
     pictures: tuple[tuple[str, str], ...] = ()
+    example: str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("part", PARTS), ("path", PATHS), ("precision", INFERENCE_PRECISIONS)):
@@ -170,7 +174,7 @@ def _inference_part(task: Task, model: PSMNet) -> Callable[[], Tensor]:
         return values if plain else values.contiguous(memory_format=memory_format)
 
     if task.part in ("network", "features"):
-        left, right = (view.to(task.device) for view in example_pair(task.height, task.width, task.batch))
+        left, right = _example_views(task)
         if task.part == "features":
             return lambda: torch.cat(model.extract_features(left, right))
         network = record_cuda_graph(model, left, right) if task.path == "graph" else model
@@ -205,7 +209,7 @@ def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:
         compile_network(model)
     for branch in model.features.pyramid.branches:
         branch.eval()  # a single crop leaves the coarsest pool one value, of which there is no batch statistic
-    left, right = (view.to(device) for view in example_pair(task.height, task.width, task.batch))
+    left, right = _example_views(task)
     torch.backends.cudnn.benchmark = True  # as in training
 
     def run() -> None:
@@ -215,6 +219,15 @@ def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:
         sum(disparity.mean() for disparity in disparities).backward()
 
     return run
+
+
+def _example_views(task: Task) -> list[Tensor]:
+    if task.example is None:
+        views = example_pair(task.height, task.width, task.batch)
+    else:
+        left, right = torch.from_numpy(np.load(task.example))
+        views = left.repeat(task.batch, 1, 1, 1), right.repeat(task.batch, 1, 1, 1)
+    return [view.to(task.device) for view in views]
 
 
 def example_pair(height: int, width: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -250,7 +263,10 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
         torch.set_num_threads(task.threads)
     if task.device != "cpu":
         torch.cuda.set_device(task.device)  # what is synchronized and counted below
+    if task.device == "cpu" and task.path != "plain":
+        keep_freed_memory()  # as the commands do
     run = build_run(task)
+    return_freed_memory()  # of loading, building and copying the network
     before = _memory_in_use(task.device)
     result: Tensor | None = None
     print("ready", file=replies, flush=True)
@@ -340,6 +356,10 @@ class _Process:
         self.task = task
         self.result_path = folder / "result.npy"
         self.log = folder / "stderr.txt"
+        if task.part in ("network", "features", "training_step"):
+            example = folder / "example.npy"
+            np.save(example, torch.stack(example_pair(task.height, task.width, 1)).numpy())
+            task = dataclasses.replace(task, example=str(example))
         command = [sys.executable, "-m", "fa_stereo.profiling", json.dumps(dataclasses.asdict(task)), self.result_path]
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(

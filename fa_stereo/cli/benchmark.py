@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Measures the parts of the network, inference as a whole, and a training step (forward and backward), each computed
-plainly (cost volume and upsampled scores stored, as the formulas read) and fast. Every variant runs in a process of
-its own; the processes take turns; medians are reported.
+plainly (cost volume and upsampled scores stored, as the formulas read) and fast, as the commands run it: on a CPU with
+glibc told to keep freed memory (--tuned-allocator: in the plain path too). Every variant runs in a process of its own;
+the processes take turns; medians are reported.
 
   time       median of the repetitions
   pairs/s    of inference and training
@@ -73,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed repetitions, after one to warm up")
     parser.add_argument("--tuned-allocator", action="store_true",
-                        help="let glibc keep freed memory in all variants (MALLOC_MMAP_MAX_=0 and so on)")  # fmt: skip
+                        help="let glibc keep freed memory in the plain path too (MALLOC_MMAP_MAX_=0 ...)")  # fmt: skip
     parser.add_argument("-o", "--output", metavar="FOLDER", help="write benchmark.json and benchmark.png there")
     return parser
 

@@ -79,14 +79,24 @@ def test_unusable_inputs() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    "changes", [{}, {"align_corners": True}, {"aggregation": "basic"}, {"attention_slots": list(ATTENTION_SLOTS)}]
+    ("changes", "size"),
+    [
+        ({}, (32, 64)),
+        ({}, (37, 51)),
+        ({"max_disparity": 96}, (32, 64)),
+        ({"max_disparity": 16, "align_corners": True}, (40, 33)),
+        ({"align_corners": True}, (32, 64)),
+        ({"aggregation": "basic"}, (32, 64)),
+        ({"attention_slots": list(ATTENTION_SLOTS)}, (32, 64)),
+    ],
 )
-def test_default_path_equals_the_plain_one(changes: dict, training: bool) -> None:
+def test_default_path_equals_the_plain_one(changes: dict, size: tuple[int, int], training: bool) -> None:
     """The cost volume and the score volume are never stored, and nothing changes: values and gradients in float64."""
     model = build_model(tiny(**changes)).double().train(training)
     randomize(model)
-    left, right = torch.randn(2, 2, 3, 32, 64, dtype=torch.float64)
-    upstream = torch.randn(2, 32, 64, dtype=torch.float64)
+    # views as of pictures [H, W, 3], cut out of wider ones
+    left, right = torch.randn(2, 2, size[0], size[1] + 5, 3, dtype=torch.float64)[..., 5:, :].movedim(-1, -3)
+    upstream = torch.randn(2, *size, dtype=torch.float64)
     results = []
     for plain in (True, False):
         model.plain = plain
