@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from random_networks import randomize, tiny
@@ -116,18 +118,36 @@ def test_default_path_equals_the_plain_one(changes: dict, size: tuple[int, int],
         torch.testing.assert_close(gradients[name] / scale, reference / scale, atol=1e-7, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["factorized", "non_local", "axial"])
-def test_attention_starts_as_the_identity(kind: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "factorized"},
+        {"kind": "factorized", "normalization": "dot"},
+        {"kind": "factorized", "value_channels": 4},
+        {"kind": "factorized", "transformer": True},
+        {"kind": "non_local"},
+        {"kind": "non_local", "computation": "chunked"},
+        {"kind": "non_local", "computation": "fused"},
+        {"kind": "non_local", "normalization": "dot"},
+        {"kind": "non_local", "transformer": True},
+        {"kind": "axial"},
+        {"kind": "axial", "span": 5, "transformer": True},
+        {"kind": "resblock"},
+        {"kind": "resblock_bottleneck"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_attention_starts_as_the_identity(options: dict[str, Any]) -> None:
     """In every slot at once, the network with blocks computes what the network without them does."""
-    plain = build_model(tiny(attention=AttentionConfig(kind="none"))).eval()
-    attention = AttentionConfig(kind=kind, key_channels=8, heads=2)
-    model = build_model(tiny(attention=attention, attention_slots=list(ATTENTION_SLOTS))).eval()
+    plain = build_model(tiny(attention=AttentionConfig(kind="none"))).double().eval()
+    attention = AttentionConfig(key_channels=8, heads=2, **options)
+    model = build_model(tiny(attention=attention, attention_slots=list(ATTENTION_SLOTS))).double().eval()
     missing = model.load_state_dict(plain.state_dict(), strict=False)
     assert missing.missing_keys
     assert all(".attention." in key for key in missing.missing_keys)
-    left, right = torch.randn(2, 1, 3, 48, 64)
+    left, right = torch.randn(2, 1, 3, 48, 64, dtype=torch.float64)
     with torch.inference_mode():
-        torch.testing.assert_close(model(left, right), plain(left, right), atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(left, right), plain(left, right), atol=1e-9, rtol=0)
 
 
 def test_views_matter_and_shift_is_seen() -> None:
