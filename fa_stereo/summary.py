@@ -259,7 +259,7 @@ def count_multiply_adds(config: ModelConfig, height: int, width: int) -> int:
 
 def _fused_attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
     """Return the FLOPs of fused attention from the shapes [B, h, N, width] of its inputs."""
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def count_kept_bytes(config: ModelConfig, height: int, width: int, batch: int = 1, precision: str = "fp32") -> int:
