@@ -566,9 +566,9 @@ def compare(cases: Sequence[Case], outcomes: Sequence[Outcome]) -> list[dict[str
             if reference != (case.variant, case.precision) and outcome.result is not None:
                 expected = measured[reference].result
                 assert expected is not None
-                largest = np.abs(expected).max()
-                if largest > 0:  # what nothing adds is 0
-                    row["deviation"] = float(np.abs(outcome.result - expected).max() / largest)
+                difference, largest = np.abs(outcome.result - expected).max(), np.abs(expected).max()
+                if difference > 0 or largest > 0:  # no attention adds 0 in every precision
+                    row["deviation"] = float(difference / max(largest, np.finfo(np.float32).tiny))
                     row["deviation_from"] = " ".join(reference)
         rows.append(row)
     return rows

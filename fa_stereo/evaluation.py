@@ -577,7 +577,7 @@ def _read_per_image(path: Path, metric: str) -> dict[str, float]:
 def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
     protocols, sources = zip(*(_read_source(folder / METRICS_FILE) for folder in (folder_a, folder_b)), strict=True)
     if None not in sources and sources[0] != sources[1]:
-        key = next(key for key in sources[0] if sources[0][key] != sources[1].get(key))
+        key = next(key for key in {**sources[0], **sources[1]} if sources[0].get(key) != sources[1].get(key))
         a, b = (source.get(key) for source in sources)
         raise InputError(
             f"{folder_a} and {folder_b} are evaluations of different images: {key} is {a} in one and {b} in the other; "

@@ -190,7 +190,8 @@ class DisparityPredictor:
                 raise
             raise InputError(
                 f"not enough memory on {self.device} for {width}x{height} pictures: compute them in bands (memory_gb; "
-                "--memory on the command line), or use a smaller scale or maximum disparity"
+                f"--memory on the command line), or use a smaller scale or maximum disparity "
+                f"({str(error) or type(error).__name__})"
             ) from error
         if self.scale != 1:
             # Disparity in pixels of the smaller picture, each of which is width / disparity width pixels wide.

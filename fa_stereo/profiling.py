@@ -262,7 +262,7 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     if task.device != "cpu":
-        torch.cuda.set_device(task.device)  # what is synchronized and counted below
+        torch.cuda.set_device(torch.device(task.device).index or 0)  # what is synchronized and counted below
     if task.device == "cpu" and task.path != "plain":
         keep_freed_memory()  # as the commands do
     run = build_run(task)

@@ -462,10 +462,10 @@ class Trainer:
 
     def _save_if_due(self, stopping: bool = False) -> None:
         names = []
-        if stopping or self._due_or_epoch_ends(self.settings.checkpoint_every_steps):
-            names.append("last.pt")
         if self._due(self.settings.keep_every_steps, self.step):
             names.append(f"step_{self.step:07d}.pt")
+        if stopping or self._due_or_epoch_ends(self.settings.checkpoint_every_steps):
+            names.append("last.pt")  # the last: whoever resumes from it has passed this step for good
         if names:
             self._save(*names)
 
@@ -534,8 +534,7 @@ class Trainer:
         return None
 
     def _restore(self, path: Path) -> None:
-        # Only the first process reads: on several nodes the others may not have its disk.
-        state = distributed.broadcast_object(read_torch_file(path) if self.is_first else {})
+        state = self._read_checkpoint(path)
         missing = {"model_config", "model", "optimizer", "scaler", "step", "random_states", "config"} - state.keys()
         if missing:
             raise InputError(
@@ -546,7 +545,8 @@ class Trainer:
         if self.average:
             self.average.model.load_state_dict(state["ema"] or state["model"])
         settings = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+            {key: value for key, value in group.items() if key not in ("params", "lr")}  # every step sets its rate
+            for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
@@ -561,6 +561,19 @@ class Trainer:
         self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
         if distributed.rank() < len(state["random_states"]):
             _set_random_state(state["random_states"][distributed.rank()])
+
+    def _read_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Return a checkpoint that only the first process reads: on several nodes the others may not have its disk."""
+        state: dict[str, Any] | InputError = {}
+        if self.is_first:
+            try:
+                state = read_torch_file(path)
+            except InputError as error:
+                state = error
+        state = distributed.broadcast_object(state)
+        if isinstance(state, InputError):
+            raise state
+        return state
 
     def _check_agreement(self, path: Path, state: Mapping[str, Any]) -> None:
         """Refuse what would not be the same run; tell what else has changed."""

@@ -13,14 +13,18 @@ python="${PYTHON:-python3}"
 # What is installed is written down with what it was installed from; a second run finds the same and does nothing.
 wanted="extras=$extras $(cksum < pyproject.toml) $(pwd)"
 if [ ! -x .venv/bin/fa-stereo ] || ! grep -qxF "$wanted" .venv/installed 2>/dev/null; then
-    # A .venv without pip is one whose making failed half way, as it does where the system lacks python3-venv.
-    .venv/bin/python -m pip --version > /dev/null 2>&1 || {
+    # Where the system lacks python3-venv, making a .venv fails half way: nothing is in it then, pip least of all.
+    if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
+        if [ -n "$(ls .venv/lib/python*/site-packages 2>/dev/null)" ]; then
+            echo ".venv has packages but no pip: remove the folder, or install pip in it" >&2
+            exit 2
+        fi
         rm -rf .venv
         "$python" -m venv .venv || {
             echo "$python cannot make a virtual environment: install its venv module (Debian, Ubuntu: python3-venv)" >&2
             exit 2
         }
-    }
+    fi
     echo "Installing into .venv (PyTorch is large: a few minutes the first time) ..." >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
     # An install with the extras serves without them too.

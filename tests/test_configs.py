@@ -126,7 +126,7 @@ def test_small_models_train_on_rendered_pairs() -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds_that_numpy_does_not_take_are_refused(seed: int) -> None:
+def test_seeds_out_of_range_are_refused(seed: int) -> None:
     with pytest.raises(InputError, match=r"trainer\.seed must be from 0 to 4294967295"):
         make(f"trainer.seed={seed}")
     with pytest.raises(InputError, match=r"rendered\.seed must be from 0"):
@@ -162,6 +162,12 @@ def test_the_attention_is_chosen_apart_from_the_model(model: str, attention: str
 def test_attention_beats_the_experiment_and_the_command_line_beats_all() -> None:
     config = make("experiment=nonlocal_psmnet", "attention=axial", "model.attention.span=9", "trainer.batch_size=8")
     assert (config.model.attention.kind, config.model.attention.span, config.trainer.batch_size) == ("axial", 9, 8)
+
+
+def test_the_equivalence_experiment_takes_every_attention_as_it_is() -> None:
+    for attention in options("attention"):
+        chosen = make("experiment=equivalence", f"attention={attention}").model.attention
+        assert chosen == make(f"attention={attention}").model.attention, attention
 
 
 def test_no_file_instantiates_objects_and_experiments_hold_differences_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -94,10 +95,12 @@ print(usual, faults(5))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
 def test_freed_memory_is_kept_for_the_next_allocation() -> None:
-    result = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
+    allocator = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # of whoever runs the tests
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(allocator)}
+    result = subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, check=True)
     usual, kept = map(int, result.stdout.split())
     assert usual >= 5  # 100 MB each time, in pages of whatever size
-    assert kept == 0
+    assert kept < usual / 10
 
 
 @linux

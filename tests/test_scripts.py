@@ -89,6 +89,21 @@ def test_a_half_made_environment_is_made_again(clone: Path) -> None:
     assert len(installed) == 1
 
 
+def test_somebody_elses_environment_is_left_alone(clone: Path) -> None:
+    """Other programs make environments without pip; what is in them is not ours to remove."""
+    package = clone / ".venv/lib/python3.12/site-packages/theirs.py"
+    package.parent.mkdir(parents=True)
+    package.touch()
+    (clone / "calls").touch()
+    done = subprocess.run(
+        [clone / "scripts/demo"], env=os.environ | {"PYTHON": str(clone / "python"), "CALLS": str(clone / "calls")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert ".venv has packages but no pip" in done.stderr
+    assert package.exists()
+
+
 def test_an_old_python_is_told(clone: Path) -> None:
     (clone / "python").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.2" && exit 0\nexit 1\n')
     done = subprocess.run(

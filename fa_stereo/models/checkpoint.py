@@ -94,7 +94,11 @@ def save_weights(
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """Return the record stored with weights: how they were trained."""
+    """Return the record stored with weights: how they were trained; empty if there is none.
+
+    Raises:
+        InputError: The file cannot be read, or its record is damaged.
+    """
     metadata, _ = _read_safetensors(Path(path))
     try:
         record = json.loads(metadata.get("record", "{}"))
