@@ -97,14 +97,20 @@ def keep_large_blocks() -> bool:
     return _set_malloc_option(_M_MMAP_THRESHOLD, 2**25) and _set_malloc_option(_M_TRIM_THRESHOLD, 2**26)
 
 
-def keep_freed_memory() -> bool:
-    """Have glibc keep all freed memory (up to 2 GiB at the end of the heap) for the next allocation of any size.
+def keep_freed_memory(*, whole: bool = True) -> bool:
+    """Have glibc keep freed memory (up to 2 GiB at the end of the heap) for the next allocation.
 
     For programs that allocate the same large blocks over and over, as a network does: what was given back to the system
     has to be cleared by it, page by page, when it is asked for again. It concerns the whole process, so that it is for
     commands to call and not for the library.
+
+    Args:
+        whole: Keep blocks of any size, which is fastest, but leaves holes between them: for training, whose blocks have
+            the same sizes in every step. Otherwise those of up to 32 MiB, the slabs that inference works in, while
+            whole volumes are given back.
     """
-    return _set_malloc_option(_M_MMAP_MAX, 0) and _set_malloc_option(_M_TRIM_THRESHOLD, 2**31 - 1)
+    limited = _set_malloc_option(_M_MMAP_MAX, 0) if whole else _set_malloc_option(_M_MMAP_THRESHOLD, 2**25)
+    return limited and _set_malloc_option(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed_memory() -> bool:

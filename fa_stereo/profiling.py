@@ -264,7 +264,7 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
     if task.device != "cpu":
         torch.cuda.set_device(torch.device(task.device).index or 0)  # what is synchronized and counted below
     if task.device == "cpu" and task.path != "plain":
-        keep_freed_memory()  # as the commands do
+        keep_freed_memory(whole=task.part == "training_step")  # as the commands do
     run = build_run(task)
     return_freed_memory()  # of loading, building and copying the network
     before = _memory_in_use(task.device)

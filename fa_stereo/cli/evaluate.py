@@ -40,7 +40,7 @@ def run(config: EvaluateConfig) -> int:
     from fa_stereo.evaluation import evaluate, select_images
     from fa_stereo.memory import keep_freed_memory
 
-    keep_freed_memory()
+    keep_freed_memory(whole=False)
     dataset = open_dataset(config.dataset)
     predict, description = _predictor(config)
     folder = Path(config.output_dir)

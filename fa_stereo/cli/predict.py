@@ -219,7 +219,7 @@ def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
     from fa_stereo.inference import load_predictor
     from fa_stereo.memory import keep_freed_memory
 
-    keep_freed_memory()
+    keep_freed_memory(whole=False)
     return load_predictor(
         named_weights(arguments),
         arguments.device,
