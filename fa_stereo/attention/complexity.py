@@ -277,7 +277,7 @@ def figure_4(channels: int = 64, sizes: Sequence[Sequence[int]] = IMAGE_SIZES + 
 
 @dataclass(frozen=True)
 class TransformerSize:
-    """Sizes of a stack of transformer blocks (defaults: BERT-base, Devlin et al. 2019).
+    """Sizes of a stack of transformer blocks.
 
     Attributes:
         channels: c, and b = k = m as well.
@@ -286,19 +286,24 @@ class TransformerSize:
         hidden_channels: f.
     """
 
-    channels: int = 768
-    heads: int = 12
-    layers: int = 12
-    hidden_channels: int = 3072
+    channels: int
+    heads: int
+    layers: int
+    hidden_channels: int
+
+
+BERT_BASE = TransformerSize(channels=768, heads=12, layers=12, hidden_channels=3072)  # Devlin et al. 2019
+BERT_LARGE = TransformerSize(channels=1024, heads=16, layers=24, hidden_channels=4096)
+BERTS = {"BERT-base": BERT_BASE, "BERT-large": BERT_LARGE}
+"""The architectures of figure 5, which does not name its own."""
 
 
 def figure_5(
-    size: TransformerSize | None = None,
+    size: TransformerSize = BERT_BASE,
     lengths: Sequence[int] = SEQUENCE_LENGTHS,
     source: Mapping[str, Cost] = COUNTED,
 ) -> list[Resources]:
     """Return figure 5: a whole factorized and a whole conventional BERT on growing sequences, embeddings left out."""
-    size = size or TransformerSize()
     points = []
     for module, key in (("FA-Tfm", "b"), ("CA-Tfm", "k")):
         for length in lengths:

@@ -154,7 +154,8 @@ def as_text(blocks: Iterable[BlockRow], shape: str) -> str:
         )
     )
     parts.append(curve_table("Figure 4: FA-dot and CA-dot, c = 64, b = k = 32", complexity.figure_4()))
-    parts.append(curve_table("Figure 5: BERT-base with FA-Tfm and CA-Tfm blocks", complexity.figure_5()))
+    for name, bert in complexity.BERTS.items():
+        parts.append(curve_table(f"Figure 5: {name} with FA-Tfm and CA-Tfm blocks", complexity.figure_5(bert)))
     parts.append(
         columns(
             f"This software's blocks on {shape}",
@@ -251,7 +252,11 @@ def as_plain(blocks: Iterable[BlockRow]) -> dict[str, Any]:
             for item in complexity.statements()
         ],
         "figure_4": [asdict(point) for point in complexity.figure_4()],
-        "figure_5": [asdict(point) for point in complexity.figure_5()],
+        "figure_5": [
+            {"network": name, **asdict(point)}
+            for name, bert in complexity.BERTS.items()
+            for point in complexity.figure_5(bert)
+        ],
         "blocks": [
             {"block": label, "attention": asdict(config), "parameters": parameters, **asdict(cost)}
             for label, config, parameters, cost in blocks
@@ -264,13 +269,12 @@ def draw(path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 8), layout="constrained")
+    figures = [("Figure 4: attention, 64 channels", "positions", complexity.figure_4())]
+    for name, bert in complexity.BERTS.items():
+        figures.append((f"Figure 5: {name}", "entries of the sequence", complexity.figure_5(bert)))
+    figure = Figure(figsize=(10, 4 * len(figures)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    figures = (
-        ("Figure 4: attention, 64 channels", "positions", complexity.figure_4()),
-        ("Figure 5: BERT-base", "entries of the sequence", complexity.figure_5()),
-    )
+    axes = figure.subplots(len(figures), 2)
     for row, (title, label, points) in zip(axes, figures, strict=True):
         for axis, quantity in zip(row, ("memory", "computation"), strict=True):
             for module, color, marker in (("FA", "tab:blue", "o"), ("CA", "tab:red", "s")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Iterable
 
@@ -135,12 +136,16 @@ def test_figure_4_grows_linearly_and_quadratically() -> None:
 def test_figure_5_is_a_stack_of_blocks() -> None:
     points = {(point.module, point.size): point for point in complexity.figure_5()}
     for module in ("FA-Tfm", "CA-Tfm"):
-        one = complexity.figure_5(complexity.TransformerSize(layers=1), lengths=(1024,))
+        one = complexity.figure_5(dataclasses.replace(complexity.BERT_BASE, layers=1), lengths=(1024,))
         block = next(point for point in one if point.module == module)
         assert points[module, (1024,)].memory_bytes == 12 * block.memory_bytes
     # 8192 entries: "impractical" beside "still reasonable"
     assert points["CA-Tfm", (8192,)].memory_bytes > 40e9
     assert points["FA-Tfm", (8192,)].memory_bytes < 5e9
+    # twice the layers and 4/3 of the channels, but each head as wide: maps of 16 heads instead of 12
+    large = {(point.module, point.size): point for point in complexity.figure_5(complexity.BERT_LARGE)}
+    ratio = large["CA-Tfm", (8192,)].memory_bytes / points["CA-Tfm", (8192,)].memory_bytes
+    assert ratio == pytest.approx(2 * 16 / 12, rel=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------------

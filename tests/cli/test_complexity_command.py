@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -24,7 +25,8 @@ def test_tables_show_print_and_count(capsys: pytest.CaptureFixture[str]) -> None
         "Table 12",
         "Where print and count disagree",
         "Figure 4",
-        "Figure 5",
+        "Figure 5: BERT-base",
+        "Figure 5: BERT-large",
     ):
         assert any(line.startswith(title) for line in lines), title
     (row,) = [line.split("  ") for line in lines if line.startswith("FA-dot") and "bc" in line]
@@ -43,7 +45,8 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["tables"]["9"]["CA-multi"]["printed_computation"] == "(4kc + 4mc)s + (2hk + 2m)s²"
     assert len(report["disagreements"]) == 9
     assert {point["module"] for point in report["figure_4"]} == {"FA-dot", "CA-dot"}
-    assert {point["module"] for point in report["figure_5"]} == {"FA-Tfm", "CA-Tfm"}
+    curves = {(point["network"], point["module"]) for point in report["figure_5"]}
+    assert curves == set(itertools.product(("BERT-base", "BERT-large"), ("FA-Tfm", "CA-Tfm")))
     blocks = {block["block"]: block for block in report["blocks"]}
     assert blocks["FA"]["parameters"] == 2 * 64 * 128 + 128 * 128
     assert blocks["FA"]["flops"] == (8 * 64 * 128 + 2 * 128**2) * 136 * 240
@@ -53,7 +56,7 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plot_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["complexity", "--plot", str(tmp_path / "curves.png")]) == 0
     picture = cv2.imread(str(tmp_path / "curves.png"))
-    assert picture.shape == (960, 1200, 3)
+    assert picture.shape == (1440, 1200, 3)
     assert picture.std() > 10
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
