@@ -61,6 +61,22 @@ def test_without_a_gpu_the_network_is_only_called() -> None:
         assert torch.equal(network(*views(4)), torch.full((1, 4, 4), 2.0))
 
 
+def test_the_network_neither_waits_for_a_value_nor_copies_one_to_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording allows neither; here on the CPU, up to the regression, which has its own kernel on a GPU."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("recording as a CUDA graph would fail here")
+
+    torch.manual_seed(0)
+    model = optimize_for_inference(build_model(ModelConfig(base_channels=8, max_disparity=32)))
+    pair = torch.randn(2, 1, 3, 64, 96)
+    for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "item"), (Tensor, "tolist")):
+        monkeypatch.setattr(owner, name, refuse)
+    with torch.inference_mode():
+        (scores,) = model.score(*model.extract_features(*pair))
+    assert scores.shape == (1, 8, 16, 24)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_recorded_network_computes_the_same() -> None:
     torch.manual_seed(0)

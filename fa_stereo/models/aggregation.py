@@ -163,7 +163,7 @@ class StackedHourglass(nn.Module):
         for hourglass, head, following in zip(hourglasses, self.heads, [*hourglasses[1:], None], strict=True):
             assert isinstance(head, ScoreHead)
             first_pre, post = hourglass.refine(hidden, first_pre, post)
-            hidden, entered = torch.empty_like(hidden), 0
+            hidden, entered = hidden.new_empty(0) if following is None else torch.empty_like(hidden), 0
             taps = []
             for around, before in upsampled_slabs(hourglass.conv6, post, cost0):
                 slab = F.relu(_convolve_unpadded(head.conv1, around), inplace=True)

@@ -76,29 +76,31 @@ def convolve_cost_volume(
     if disparities < 2:  # the first and the last disparity would be one, and lack taps at both ends
         raise ValueError(f"disparities must be at least 2, got {disparities}")
     channels, width = left.shape[1], left.shape[3]
-    left_taps, right_taps = weight[:, :channels], weight[:, channels:]  # [O, C, a, row, b]
+    taps = weight.to(torch.promote_types(weight.dtype, torch.float32))  # sums are rounded once, as kernels
+    left_taps, right_taps = taps[:, :channels], taps[:, channels:]  # [O, C, a, row, b]
     # The surviving a at d = 0, in the middle, and at d = D - 1: one group of O output channels each.
     ends = ((0, 1), (-1, 0, 1), (-1, 0))
 
     # Left half where delta >= 2.
     kernels = torch.cat([_left_kernel(left_taps, end, delta=2) for end in ends])  # [3 O, C, 3, 3]
-    full = F.conv2d(left, kernels, None if bias is None else bias.repeat(3), padding=1)  # [B, 3 O, H, W]
+    full = F.conv2d(left, kernels.to(weight.dtype), None if bias is None else bias.repeat(3), padding=1)  # [B, 3 O, H, W]
 
     # Left half where delta is in _EDGE: column x = d + delta, so the first D + 1 columns are enough.
     kernels = torch.cat([_left_kernel(left_taps, end, delta) for end in ends for delta in _EDGE])  # [12 O, C, 3, 3]
     columns = min(disparities + 1, width)
-    edge = F.conv2d(left[..., : columns + 1], kernels, None if bias is None else bias.repeat(12), padding=1)
+    edge = F.conv2d(left[..., : columns + 1], kernels.to(weight.dtype), None if bias is None else bias.repeat(12), padding=1)
     edge = edge[..., :columns]  # [B, 12 O, H, columns]
 
     # Right half: entry i of the last dimension is delta = i - 2.
     kernels = torch.cat([_right_kernel(right_taps, end, (-1, 0, 1)) for end in ends])  # [3 O, C, 3, 5]
     padded = F.pad(right, (2, 0))
-    sheared = F.conv2d(padded, kernels, padding=(1, 2))  # [B, 3 O, H, W + 2]
+    sheared = F.conv2d(padded, kernels.to(weight.dtype), padding=(1, 2))  # [B, 3 O, H, W + 2]
 
     # Right half at x = W - 1: delta = W - 1 - d, so the last D entries are enough (and the kernel's reach).
     kernels = torch.cat([_right_kernel(right_taps, end, (-1, 0)) for end in ends])
     columns = min(disparities, width + 2)
-    last = F.conv2d(padded[..., -(columns + 2) :], kernels, padding=(1, 2))[..., -columns:]  # [B, 3 O, H, columns]
+    last = F.conv2d(padded[..., -(columns + 2) :], kernels.to(weight.dtype), padding=(1, 2))
+    last = last[..., -columns:]  # [B, 3 O, H, columns]
 
     out: Tensor = _Assemble.apply(full, edge, sheared, last, bias, disparities)
     return out
@@ -106,19 +108,20 @@ def convolve_cost_volume(
 
 def _left_kernel(taps: Tensor, end: tuple[int, ...], delta: int) -> Tensor:
     """Sum taps [O, C, a, row, b] over the a of ``end`` with a - b <= delta: [O, C, row, b]."""
-    keep = [[float(a in end and a - b <= delta) for b in (-1, 0, 1)] for a in (-1, 0, 1)]
-    mask = torch.tensor(keep, dtype=taps.dtype, device=taps.device)  # [a, b]
-    return (taps * mask[:, None, :]).sum(2)
+    columns = [_sum_of_taps(taps, [(a, b) for a in end if a - b <= delta]) for b in (-1, 0, 1)]
+    return torch.stack(columns, dim=-1)
 
 
 def _right_kernel(taps: Tensor, end: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
     """Collect taps [O, C, a, row, b], a in ``end`` and b in ``columns``, by j = b - a: [O, C, row, j]."""
-    kernels = []
-    for j in (-2, -1, 0, 1, 2):
-        pairs = [(a, a + j) for a in end if a + j in columns]
-        terms = [taps[:, :, a + 1, :, b + 1] for a, b in pairs]
-        kernels.append(sum(terms[1:], terms[0]) if terms else torch.zeros_like(taps[:, :, 0, :, 0]))
+    kernels = [_sum_of_taps(taps, [(a, a + j) for a in end if a + j in columns]) for j in (-2, -1, 0, 1, 2)]
     return torch.stack(kernels, dim=-1)
+
+
+def _sum_of_taps(taps: Tensor, offsets: list[tuple[int, int]]) -> Tensor:
+    """Add up taps [O, C, a, row, b] at offsets (a, b): [O, C, row]; zeros without any."""
+    terms = [taps[:, :, a + 1, :, b + 1] for a, b in offsets]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(taps[:, :, 0, :, 0])
 
 
 class _Assemble(torch.autograd.Function):
@@ -138,17 +141,18 @@ class _Assemble(torch.autograd.Function):
             row = out[:, :, d]  # [B, O, H, W]
             masked = min(max(d - 2, 0), width)  # nothing but the bias where delta < -2
             row[..., :masked] = 0 if bias is None else bias[:, None, None]
+            if d > width + 1:
+                continue  # delta < -2 in the last column too
+            at_end = last[:, group, :, last.shape[3] - 1 - d]  # the right half where x = W - 1
             if d + 2 < width:
-                torch.add(full[:, group, :, d + 2 :], sheared[:, group, :, 4 : width + 2 - d], out=row[..., d + 2 :])
+                inner = slice(d + 2, width - 1)
+                torch.add(full[:, group, :, inner], sheared[:, group, :, 4 : width + 1 - d], out=row[..., inner])
+                torch.add(full[:, group, :, -1], at_end, out=row[..., -1])
             for index, delta in enumerate(_EDGE):
-                if 0 <= d + delta < width:
-                    torch.add(
-                        edge[:, _edge_group(group, index), :, d + delta],
-                        sheared[:, group, :, delta + 2],
-                        out=row[..., d + delta],
-                    )
-            if width + 1 - d >= 0:  # the last column was given the b = +1 taps of the right half: take them back
-                row[..., -1] += last[:, group, :, last.shape[3] - 1 - d] - sheared[:, group, :, width + 1 - d]
+                x = d + delta
+                if 0 <= x < width:
+                    right = at_end if x == width - 1 else sheared[:, group, :, delta + 2]
+                    torch.add(edge[:, _edge_group(group, index), :, x], right, out=row[..., x])
         return out
 
     @staticmethod

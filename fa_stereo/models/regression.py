@@ -143,7 +143,8 @@ class _Bands:
         if logits.device.type == "cpu":
             elements = _BAND_ELEMENTS["cpu"] * torch.get_num_threads()
         self.band_height = max(1, elements // (depths * width))
-        touched = self.row_matrix != 0
+        # On the CPU, as a GPU would have to be waited for.
+        touched = interpolation_matrix(rows, height, torch.empty(0), align_corners=align_corners) != 0
         self.first = touched.int().argmax(1).tolist()  # first and last coarse row that each row reads
         self.last = (rows - 1 - touched.flip(1).int().argmax(1)).tolist()
 
