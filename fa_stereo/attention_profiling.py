@@ -56,16 +56,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "resblock_bottleneck": {"kind": "resblock_bottleneck"},
     "factorized": {"kind": "factorized"},
     "factorized_dot": {"kind": "factorized", "normalization": "dot"},
+    "factorized_bottleneck": {"kind": "factorized", "bottleneck": True},
+    "factorized_heads": {"kind": "factorized", "heads": 8},
+    "factorized_transformer": {"kind": "factorized", "heads": 8, "transformer": True},
+    "non_local": {"kind": "non_local"},
     "non_local_materialized": {"kind": "non_local"},
     "non_local_chunked": {"kind": "non_local", "computation": "chunked"},
     "non_local_fused": {"kind": "non_local", "computation": "fused"},
     "non_local_dot": {"kind": "non_local", "normalization": "dot"},
-    "axial": {"kind": "axial"},
+    "non_local_bottleneck": {"kind": "non_local", "bottleneck": True},
+    "non_local_heads": {"kind": "non_local", "heads": 8},
+    "non_local_transformer": {"kind": "non_local", "heads": 8, "transformer": True},
+    "axial": {"kind": "axial", "heads": 8, "span": 65},
+    "axial_whole": {"kind": "axial", "heads": 8},
 }
-"""Options of ``AttentionConfig``; beside these, axial_5, axial_65 and so on for a span. ``none`` is the baseline."""
+"""Options of ``AttentionConfig`` by the names of conf/attention; beside these, axial_5, axial_17 and so on for a span.
+
+``none`` is the baseline; ``non_local_materialized`` says what ``non_local`` is. A bottleneck has m = b or k channels,
+which by default are half of the map's, as in the paper's table 10.
+"""
 
 SAME_FUNCTION = (
-    ("non_local_materialized", "non_local_chunked", "non_local_fused"),
+    ("non_local", "non_local_materialized", "non_local_chunked", "non_local_fused"),
     ("non_local_dot", "factorized_dot"),
 )
 """Variants that compute one function: deviations are from the first of them that was measured."""
@@ -73,28 +85,31 @@ SAME_FUNCTION = (
 STARTUP_SECONDS = 60.0
 """Beside the limit of time, for a process to start and to build weights and inputs."""
 
-AXIAL_HEADS = 8
-"""Of the original, where nothing else is asked for."""
 
-
-def variant_config(variant: str, key_channels: int = 64, heads: int | None = None, **others: Any) -> AttentionConfig:
+def variant_config(
+    variant: str, key_channels: int = 64, heads: int | None = None, value_channels: int | None = None
+) -> AttentionConfig:
     """Return the configuration of a variant by its name.
 
     Args:
         variant: One of ``VARIANTS``, or axial_SPAN.
         key_channels: b or k.
-        heads: h; None is 1, and 8 for axial attention.
-        **others: Of ``AttentionConfig``, as the value channels.
+        heads: h; None is the variant's own.
+        value_channels: m; None is b or k for a bottleneck, no bottleneck for the others.
 
     Raises:
         InputError: There is no such variant, or the values do not go together.
     """
     axial = re.fullmatch(r"axial_(\d+)", variant)
     if axial is None and variant not in VARIANTS:
-        raise InputError(f"there is no variant {variant!r}: choose from {', '.join(VARIANTS)}, axial_5, axial_65 ...")
-    options = {"kind": "axial", "span": int(axial[1])} if axial else VARIANTS[variant]
-    heads = heads or (AXIAL_HEADS if options["kind"] == "axial" else 1)
-    return AttentionConfig(**{"key_channels": key_channels, "heads": heads, **others, **options})
+        raise InputError(f"there is no variant {variant!r}: choose from {', '.join(VARIANTS)}, axial_5, axial_17 ...")
+    options = {**VARIANTS["axial"], "span": int(axial[1])} if axial else dict(VARIANTS[variant])
+    if options.pop("bottleneck", False):
+        options["value_channels"] = key_channels
+    for key, value in (("heads", heads), ("value_channels", value_channels)):
+        if value is not None:
+            options[key] = value
+    return AttentionConfig(key_channels=key_channels, **options)
 
 
 @dataclass(frozen=True)

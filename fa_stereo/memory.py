@@ -58,7 +58,12 @@ class MemoryLimit:
         if device == "cpu" and not sys.platform.startswith("linux"):
             raise InputError("only Linux can limit the memory of a process on the CPU: use a GPU (--device cuda)")
         self.device = device
-        self.own = _status("VmData") if device == "cpu" else 0
+        self.own, self.index = 0, 0
+        if device == "cpu":
+            self.own = _status("VmData")
+        else:  # PyTorch takes no limit for "cuda", only for one of its devices
+            index = torch.device(device).index
+            self.index = torch.cuda.current_device() if index is None else index
         self.set(budget_bytes)
 
     def set(self, budget_bytes: int) -> None:
@@ -67,20 +72,20 @@ class MemoryLimit:
             used = _status("VmData") - self.own
             machine = used + int(USABLE * available_memory())
         else:
-            free, total = torch.cuda.mem_get_info(self.device)
-            machine = torch.cuda.memory_reserved(self.device) + free
+            free, total = torch.cuda.mem_get_info(self.index)
+            machine = torch.cuda.memory_reserved(self.index) + free
         self.bytes, self.by = min((budget_bytes, "budget"), (machine, "machine"))
         if self.device == "cpu":
             _set_data_limit(self.own + self.bytes)
         else:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.bytes / total), self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.bytes / total), self.index)
 
     def lift(self) -> None:
         """Remove the limit."""
         if self.device == "cpu":
             _set_data_limit(None)
         else:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            torch.cuda.set_per_process_memory_fraction(1.0, self.index)
 
 
 def return_large_blocks() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_configs import make
 
 from fa_stereo import attention_profiling
 from fa_stereo.attention_profiling import (
@@ -81,13 +82,23 @@ def test_low_precision_is_autocast() -> None:
     assert not torch.equal(coarse.float(), exact)
 
 
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"non_local_materialized"}))
+def test_variants_are_called_what_they_are_called_in_the_configuration(name: str) -> None:
+    configured = make(f"attention={name}").model.attention
+    if name.endswith("bottleneck"):  # half of the channels of another map
+        configured.value_channels = None if name == "resblock_bottleneck" else 64
+    assert variant_config(name) == configured
+
+
 def test_variant_names() -> None:
     assert variant_config("axial_5").span == 5
     assert variant_config("axial_5").heads == 8
-    assert variant_config("axial", heads=2).span is None
-    assert variant_config("axial", heads=2).heads == 2
+    assert variant_config("axial_whole", heads=2).span is None
+    assert variant_config("axial_whole", heads=2).heads == 2
     assert variant_config("factorized").heads == 1
     assert variant_config("non_local_fused", 32, value_channels=8).value_channels == 8
+    assert variant_config("factorized_bottleneck", 32).value_channels == 32
+    assert variant_config("factorized_bottleneck", 32, value_channels=8).value_channels == 8
     with pytest.raises(InputError, match="there is no variant 'linear': choose from none, "):
         variant_config("linear")
     with pytest.raises(InputError, match="span must be odd"):
@@ -141,6 +152,7 @@ def test_a_budget_ends_in_a_clean_outcome() -> None:
     assert fits.used_bytes is not None
     assert fits.peak_bytes is not None
     assert 10**6 < fits.extra_bytes < fits.used_bytes < 100 * 10**6 < fits.peak_bytes
+    assert fits.extra_bytes == pytest.approx(cases[0].formula_bytes(), rel=0.3)
     assert (fits.limit_bytes, fits.limited_by) == (100 * 10**6, "budget")
     assert fails.status == "out_of_memory"
     assert "allocate" in fails.reason

@@ -155,6 +155,7 @@ def test_the_attention_is_chosen_apart_from_the_model(model: str, attention: str
     assert (found.normalization == "dot", found.transformer) == (variant == "dot", variant == "transformer")
     assert (found.heads == 8) == (variant in ("heads", "transformer") or kind == "axial")
     assert (found.value_channels is not None) == (variant == "bottleneck")
+    assert found.span == (65 if attention == "axial" else None)
     assert found.computation == (variant if variant in ("chunked", "fused") else "materialized")
     assert config.model.attention_slots == ["res4"]
 

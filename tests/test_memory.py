@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fa_stereo.memory import available_memory, is_out_of_memory, left_in_control_groups, peak_memory, start_peak
+from fa_stereo.memory import (
+    MemoryLimit,
+    available_memory,
+    is_out_of_memory,
+    left_in_control_groups,
+    peak_memory,
+    start_peak,
+)
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on the CPU are Linux'")
 
@@ -51,6 +58,25 @@ def test_allocations_beyond_the_limit_fail_and_can_be_caught() -> None:
     assert found["whole"][0] > 50 * 10**6
 
 
+@pytest.mark.parametrize(("device", "index"), [("cuda", 1), ("cuda:0", 0)])
+def test_a_limit_on_a_gpu_names_it_by_its_number(device: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses "cuda" there. 8 GB of which 2 are PyTorch's and 4 free."""
+    fractions: list[tuple[float, int]] = []
+    for name, stand_in in {
+        "current_device": lambda: 1,
+        "mem_get_info": lambda chosen: {index: (4 * 10**9, 8 * 10**9)}[chosen],
+        "memory_reserved": lambda chosen: {index: 2 * 10**9}[chosen],
+        "set_per_process_memory_fraction": lambda fraction, chosen: fractions.append((fraction, chosen)),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    limit = MemoryLimit(device, 3 * 10**9)
+    assert (limit.bytes, limit.by) == (3 * 10**9, "budget")
+    limit.set(7 * 10**9)
+    assert (limit.bytes, limit.by) == (6 * 10**9, "machine")
+    limit.lift()
+    assert fractions == [(3 / 8, index), (6 / 8, index), (1.0, index)]
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
@@ -87,9 +113,12 @@ def faults(repeats, size=10**8):
 
 faults(1)
 usual = faults(5)
+assert memory.keep_freed_memory(whole=False)
+faults(1, 2 * 10**7)
+small, whole = faults(5, 2 * 10**7), faults(5)
 assert memory.keep_freed_memory()
 faults(1)
-print(usual, faults(5))
+print(usual, small, whole, faults(5))
 """
 
 
@@ -98,9 +127,11 @@ def test_freed_memory_is_kept_for_the_next_allocation() -> None:
     allocator = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # of whoever runs the tests
     environment = {key: value for key, value in os.environ.items() if not key.startswith(allocator)}
     result = subprocess.run([sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, check=True)
-    usual, kept = map(int, result.stdout.split())
+    usual, small, whole, kept = map(int, result.stdout.split())
     assert usual >= 5  # 100 MB each time, in pages of whatever size
-    assert kept < usual / 10
+    assert small < usual / 10  # blocks of 20 MB are kept for inference,
+    assert whole > usual / 2  # those of 100 MB are given back,
+    assert kept < usual / 10  # and for training they are kept too
 
 
 @linux

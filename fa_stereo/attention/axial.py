@@ -169,7 +169,7 @@ class AxisAttention(nn.Module):
             [B, N, m].
         """
         length = size[self.axis]
-        block = length if self.span is None else min(length, max(self.span, SHORTEST_BLOCK))
+        block = block_length(length, self.span)
         margin = 0 if block == length else self.reach  # a single block reaches the whole line as it is
         queries = in_blocks(self._lines(self.to_queries(X), size), block, 0)  # [G, n, S, d]
         keys = in_blocks(self._lines(self.to_keys(X), size), block, margin)  # [G, n, T, d]
@@ -224,6 +224,20 @@ class AxisAttention(nn.Module):
         by_head = torch.unflatten(lines, 0, (-1, size[1 - self.axis], self.heads))  # [B, lines, h, L, e]
         order = (0, 3, 1, 2, 4) if self.axis == 0 else (0, 1, 3, 2, 4)
         return by_head.permute(order).flatten(3).flatten(1, 2)  # [B, N, m]
+
+
+def block_length(length: int, span: int | None) -> int:
+    """Return how many positions of a line are handled at a time; all of them where the windows of blocks reach as far.
+
+    Args:
+        length: L, of the line.
+        span: Of the windows; None is the whole line.
+    """
+    if span is None:
+        return length
+    block = min(length, max(span, SHORTEST_BLOCK))
+    blocks = -(-length // block)
+    return length if blocks * block * (block + span - 1) >= length * length else block
 
 
 def in_blocks(lines: Tensor, block: int, margin: int) -> Tensor:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
-from fa_stereo.attention.axial import SHORTEST_BLOCK
+from fa_stereo.attention.axial import block_length
 from fa_stereo.attention.formula import Formula, Number
 from fa_stereo.attention.non_local import CHUNK_ENTRIES
 from fa_stereo.config import AttentionConfig
@@ -507,7 +507,7 @@ def _axial_cost(config: AttentionConfig, channels: int, size: tuple[int, ...], b
     inference, training = (values + 2 * channels) * positions, channels * positions
     axes = ((height, planes * width, channels, 0), (width, planes * height, values, values))
     for length, lines, inputs, before in axes:  # before: channels of the height layer's result
-        block = length if config.span is None else min(length, max(config.span, SHORTEST_BLOCK))
+        block = block_length(length, config.span)
         reach = block if block == length or config.span is None else block + config.span - 1
         blocks = lines * -(-length // block)
         flops += 2 * inputs * (2 * keys + values) * positions

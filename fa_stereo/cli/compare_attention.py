@@ -30,6 +30,8 @@ budget: one that needs more ends as a row "OOM". The processes of a size take tu
 
   time       median of the repetitions; training is a forward and a backward pass
   extra      largest memory beyond process, weights and inputs
+  by formula what the closed form of the block alone gives for that, in training without the backward pass's own
+  / FA       the same as a multiple of factorized attention's (on a network: of what attention adds)
   over none  that, less what it is without attention (variant none)
   used       largest memory beyond the process: what counts against the budget
   deviation  largest difference from the first variant in the list of the same function (non_local_materialized,
@@ -58,6 +60,13 @@ COLOURS = {
     "non_local_chunked": "#ff7f0e",
     "non_local_fused": "#9467bd",
     "non_local_dot": "#e377c2",
+    "factorized_bottleneck": "#6baed6",
+    "factorized_heads": "#08519c",
+    "factorized_transformer": "#3182bd",
+    "non_local": "#d62728",
+    "non_local_bottleneck": "#fb6a4a",
+    "non_local_heads": "#a50f15",
+    "non_local_transformer": "#fc9272",
 }
 AXIAL_COLOURS = ("#2ca02c", "#98df8a", "#bcbd22", "#006400", "#dbdb8d")
 UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -73,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scope", default="block", choices=("block", "features", "network"))
     parser.add_argument(
         "--variants", metavar="LIST",
-        help="any of none,resblock,resblock_bottleneck,factorized,factorized_dot,non_local_materialized,"
-        f"non_local_chunked,non_local_fused,non_local_dot,axial,axial_SPAN (default {DEFAULT_VARIANTS['network']})",
+        help="any of conf/attention (none, factorized, factorized_heads, non_local_fused, axial_whole, ...), "
+        f"non_local_materialized, axial_SPAN (default {DEFAULT_VARIANTS['network']})",
     )  # fmt: skip
     parser.add_argument("--sizes", metavar="LIST", help="HEIGHTxWIDTH of pictures or crops, multiples of 16")
     parser.add_argument("--batches", default="1", metavar="LIST", help="maps, pictures or pairs at once")
@@ -260,7 +269,8 @@ def format_report(report: dict[str, Any]) -> str:
     """Return the report as tables for the terminal, and for Markdown."""
     machine = report["machine"]
     gpus = f", {', '.join(machine['gpus'])}" if machine["gpus"] else ""
-    cpu = f"{machine['cpu']} ({machine['cpu_capability']}, {machine['cores']} cores)"
+    cores = f"{machine['threads']} of {machine['cores']} cores"
+    cpu = f"{machine['cpu']} ({machine['cpu_capability']}, {cores})"
     parts = [
         f"`{report['command']}`, {report['date']}\n"
         f"{cpu}{gpus}, PyTorch {machine['torch']}; scope {report['scope']}, budget {_bytes(report['budget_bytes'])}"
@@ -278,8 +288,8 @@ def format_report(report: dict[str, Any]) -> str:
 
 def _measured_table(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
     block = report["scope"] == "block"
-    header = ["input", "positions", "variant", "time", "x FA", "extra", *([] if block else ["over none"]), "x FA",
-              "used", "deviation"]  # fmt: skip
+    header = ["input", "positions", "variant", "time", "time / FA", "extra", "by formula" if block else "over none",
+              "memory / FA", "used", "deviation"]  # fmt: skip
     cells = []
     for row in rows:
         reference = next(
@@ -287,7 +297,7 @@ def _measured_table(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
                 other
                 for other in rows
                 if other["variant"] == "factorized"
-                and all(other[key] == row[key] for key in ("height", "width", "batch"))
+                and all(other[key] == row[key] for key in ("height", "width", "batch", "precision"))
                 and other["status"] == "measured"
             ),
             {},
@@ -300,8 +310,8 @@ def _measured_table(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
                 _label(row),
                 _time_or_status(row),
                 _ratio(row.get("seconds"), reference.get("seconds")),
-                _bytes(row["extra_bytes"]) or _needed(row),
-                *([] if block else [_bytes(row.get("attention_bytes"))]),
+                _bytes(row["extra_bytes"]),
+                _by_formula(row) if block else _bytes(row.get("attention_bytes")),
                 _ratio(row.get(memory), reference.get(memory)),
                 _bytes(row["used_bytes"]),
                 f"{row['deviation']:.0e}" if "deviation" in row else "",
@@ -326,10 +336,10 @@ def _of_machine(row: dict[str, Any]) -> str:
     return f" (at {_bytes(row['limit_bytes'])}, all the machine had)" if row["limited_by"] == "machine" else ""
 
 
-def _needed(row: dict[str, Any]) -> str:
-    if row["status"] != "out_of_memory" or row["formula_bytes"] is None:
+def _by_formula(row: dict[str, Any]) -> str:
+    if row["formula_bytes"] is None:
         return ""
-    return f"({'over ' if row['mode'] == 'training' else ''}{_bytes(row['formula_bytes'])} by formula)"
+    return f"{'over ' if row['mode'] == 'training' else ''}{_bytes(row['formula_bytes'])}"
 
 
 def _growth_table(entries: list[dict[str, Any]]) -> str:

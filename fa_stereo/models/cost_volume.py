@@ -83,12 +83,14 @@ def convolve_cost_volume(
 
     # Left half where delta >= 2.
     kernels = torch.cat([_left_kernel(left_taps, end, delta=2) for end in ends])  # [3 O, C, 3, 3]
-    full = F.conv2d(left, kernels.to(weight.dtype), None if bias is None else bias.repeat(3), padding=1)  # [B, 3 O, H, W]
+    biases = None if bias is None else bias.repeat(3)
+    full = F.conv2d(left, kernels.to(weight.dtype), biases, padding=1)  # [B, 3 O, H, W]
 
     # Left half where delta is in _EDGE: column x = d + delta, so the first D + 1 columns are enough.
     kernels = torch.cat([_left_kernel(left_taps, end, delta) for end in ends for delta in _EDGE])  # [12 O, C, 3, 3]
     columns = min(disparities + 1, width)
-    edge = F.conv2d(left[..., : columns + 1], kernels.to(weight.dtype), None if bias is None else bias.repeat(12), padding=1)
+    biases = None if bias is None else bias.repeat(12)
+    edge = F.conv2d(left[..., : columns + 1], kernels.to(weight.dtype), biases, padding=1)
     edge = edge[..., :columns]  # [B, 12 O, H, columns]
 
     # Right half: entry i of the last dimension is delta = i - 2.

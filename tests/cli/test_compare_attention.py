@@ -36,7 +36,7 @@ def test_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["machine"]["torch"]
     (row,) = [line for line in text.splitlines() if "OOM" in line]
     assert row.startswith("| 1x256x256 | 4,096     | non_local_materialized |")
-    assert "by formula" in row
+    assert f" {report['rows'][1]['formula_bytes'] / 1e6:.1f} MB |" in row
     assert (tmp_path / "out" / "attention.md").read_text().strip() in text
     assert read_picture(tmp_path / "out" / "attention.png").shape[1] > 500
 
