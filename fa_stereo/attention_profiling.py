@@ -257,8 +257,7 @@ def build_run(case: Case) -> Run:
         return Run(_forward(case, model, lambda: model(left, right)))
     prepare_for_training(model.to(case.device)).train()
     model.activation_checkpointing = case.activation_checkpointing
-    for branch in model.features.pyramid.branches:
-        branch.eval()  # a single crop can leave the coarsest pool one value, of which there is no batch statistic
+    model.features.pyramid.freeze_lonely_values(case.batch, case.height // 4, case.width // 4)
     if case.scope == "features":
         gradient = random(case.base_channels, 4)
         return Run(_step(case, model, lambda: model.features(left), gradient))

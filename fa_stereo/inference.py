@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.memory import is_out_of_memory
 from fa_stereo.models.checkpoint import load_model
-from fa_stereo.models.optimized import DTYPES, cpu_computes_bfloat16, cpu_computes_float16, optimize_for_inference
+from fa_stereo.models.optimized import cpu_computes_bfloat16, cpu_computes_float16, optimize_for_inference
 from fa_stereo.models.psmnet import PSMNet
 from fa_stereo.tiling import choose_band_height, predict_in_bands
 from fa_stereo.weights import find_checkpoint
@@ -94,7 +95,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
 class DisparityPredictor:
     """Predicts the disparity of the left view of rectified pairs.
 
-    It holds no state between calls, so several threads may share one.
+    Several threads may share one: from call to call it keeps networks and CUDA graphs, but nothing of a pair.
 
     Examples:
         >>> from fa_stereo.config import ModelConfig
@@ -135,7 +136,7 @@ class DisparityPredictor:
             model: A network on normalised [B, 3, H, W] pictures, as ``load_model`` or ``build_model`` return it.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``mixed``; see ``choose_precision``.
-            scale: Predict at another size: 0.5 takes an eighth of the time and memory and sees twice the disparity.
+            scale: Predict at another size: 0.5 takes a quarter of the time and memory and sees twice the disparity.
             band_height: Rows computed at a time, a multiple of 16, for large pictures; see ``fa_stereo.tiling``.
             memory_gb: Instead, the memory that a pair may take, in GB, besides the process itself.
             compile: Compile the network for every size of picture (up to eight): a minute each, no gain on the CPU.
@@ -158,6 +159,7 @@ class DisparityPredictor:
         self.compile, self.cuda_graph = compile, cuda_graph
         self.model = model.to(self.device).eval()
         self._networks = {self.precision: self._build_networks(self.precision)}
+        self._building = threading.Lock()
 
     def __call__(self, left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Prediction:
         """Predict one pair.
@@ -210,17 +212,14 @@ class DisparityPredictor:
     def _predict(self, pair: torch.Tensor, precision: str) -> NDArray[np.float32]:
         """Return disparity [H, W] for both views as uint8 [2, 3, H, W]."""
         left, right = normalize_images(pair.to(self.device)).chunk(2)  # [1, 3, H, W] each
-        if precision not in self._networks:
-            self._networks[precision] = self._build_networks(precision)
+        with self._building:  # by one thread only
+            if precision not in self._networks:
+                self._networks[precision] = self._build_networks(precision)
         network, whole = self._networks[precision]
         band_height = self.band_height
         if self.memory_gb is not None:
             band_height = choose_band_height(
-                network.config,
-                left.shape[2],
-                left.shape[3],
-                int(self.memory_gb * 1e9),
-                bytes_per_value=4 if precision == "mixed" else DTYPES[precision].itemsize,
+                network.config, left.shape[2], left.shape[3], int(self.memory_gb * 1e9), precision=precision
             )
         if band_height is None:
             disparity = whole(left, right)  # [1, H, W]

@@ -10,6 +10,15 @@ from typing import Any
 import torch
 
 
+def compute_float32_in_full() -> None:
+    """Have GPUs convolve float32 in float32, not, as PyTorch does by default, in TF32, whose mantissa has ten bits.
+
+    It concerns the whole process, so that it is for commands to call and not for the library.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def describe_machine() -> dict[str, Any]:
     """Return what a measurement depends on: processor, its capability, versions, GPUs."""
     return {

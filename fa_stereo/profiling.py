@@ -29,6 +29,7 @@ from fa_stereo.compilation import compile_network
 from fa_stereo.config import INFERENCE_PRECISIONS, AttentionConfig, ModelConfig
 from fa_stereo.cuda_graph import record_cuda_graph
 from fa_stereo.errors import InputError
+from fa_stereo.machine import compute_float32_in_full
 from fa_stereo.memory import keep_freed_memory, return_freed_memory
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
@@ -207,8 +208,7 @@ def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:
         prepare_for_training(model)
     if task.path == "compiled":
         compile_network(model)
-    for branch in model.features.pyramid.branches:
-        branch.eval()  # a single crop leaves the coarsest pool one value, of which there is no batch statistic
+    model.features.pyramid.freeze_lonely_values(task.batch, task.height // 4, task.width // 4)
     left, right = _example_views(task)
     torch.backends.cudnn.benchmark = True  # as in training
 
@@ -261,6 +261,7 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
     """
     if task.threads is not None:
         torch.set_num_threads(task.threads)
+    compute_float32_in_full()
     if task.device != "cpu":
         torch.cuda.set_device(torch.device(task.device).index or 0)  # what is synchronized and counted below
     if task.device == "cpu" and task.path != "plain":
@@ -333,14 +334,16 @@ def measure(
     Args:
         tasks: Variants to compare.
         repeats: Timed runs of each, after one to warm up.
-        environment: Variables to set for all of them, ``TUNED_ALLOCATOR`` for example.
+        environment: Variables to set for the plain path, ``TUNED_ALLOCATOR`` for example.
         progress: Called after every run.
 
     Raises:
         InputError: A process failed: its last words say why.
     """
     with ExitStack() as stack:
-        processes = [stack.enter_context(_measuring(task, environment or {})) for task in tasks]
+        processes = [
+            stack.enter_context(_measuring(task, environment or {} if task.path == "plain" else {})) for task in tasks
+        ]
         seconds: list[list[float]] = [[] for _ in tasks]
         for _ in range(repeats + 1):
             for process, times in zip(processes, seconds, strict=True):

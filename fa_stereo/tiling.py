@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fa_stereo.attention.complexity import block_cost
 from fa_stereo.config import ModelConfig
 from fa_stereo.errors import InputError
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet
@@ -23,6 +24,12 @@ DEFAULT_OVERLAP_PX = 128
 
 EXACT_OVERLAP_PX = 448
 """Twice the reach of the aggregation in rows: bands with this overlap compute what the whole picture does."""
+
+_BYTES = {"fp32": (4, 4), "mixed": (4, 2), "bf16": (2, 2), "fp16": (2, 2)}
+"""Of a value of the features, and of one of the volumes, by precision."""
+
+_SLOT_MAPS = {"res1": (1, 2), "res2": (2, 4), "res3": (4, 4), "res4": (4, 4), "pyramid": (1, 4)}
+"""Channels of a slot's map, in base channels, and by how much it is smaller than the picture."""
 
 
 def predict_in_bands(
@@ -82,7 +89,7 @@ def _score_in_bands(
 
 def estimate_memory(
     config: ModelConfig, height: int, width: int, band_height: int | None = None, *,
-    overlap: int = DEFAULT_OVERLAP_PX, bytes_per_value: int = 4,
+    overlap: int = DEFAULT_OVERLAP_PX, precision: str = "fp32",
 ) -> int:  # fmt: skip
     """Return about how many bytes predicting one pair takes on the CPU, beyond the process and the network itself.
 
@@ -92,29 +99,37 @@ def estimate_memory(
         width: Of the picture, in pixels.
         band_height: As for ``predict_in_bands``; None for the whole picture at once.
         overlap: As for ``predict_in_bands``.
-        bytes_per_value: 4 for float32, 2 for bf16 and fp16.
+        precision: fp32, bf16, fp16 or mixed.
     """
+    feature_bytes, volume_bytes = _BYTES[precision]
     c, depths = config.base_channels, config.max_disparity // 4
     height4, width4 = -(-height // SIZE_MULTIPLE) * 4, -(-width // SIZE_MULTIPLE) * 4
     rows = height4 if band_height is None else min(height4, (band_height + 2 * overlap) // 4)
     cells = height4 * width4
     # Live at once in the fusion of the features: res2, res4, pools, their concatenation, the result; twice allocated
     # and freed in sizes that an allocator cannot always use again.
-    features = 2 * (2 + 4 + 4 + 10 + 4) * c * cells * bytes_per_value
+    fusion = 2 * (2 + 4 + 4 + 10 + 4) * c * cells * feature_bytes
+    # Attention, in float32 always: next to nothing beside that, unless it stores a map of all pairs of positions.
+    attention = [
+        block_cost(config.attention, share * c, (4 * height4 // scale, 4 * width4 // scale)).inference_bytes
+        for share, scale in (_SLOT_MAPS[slot] for slot in config.attention_slots)
+        if config.attention.kind != "none"
+    ]
+    features = max(fusion, (2 + 4) * c * cells * feature_bytes + max(attention, default=0))
     # Two volumes, three maps of a quarter of a volume each, and slabs in several stages.
-    volume = c * depths * rows * width4 * bytes_per_value
+    volume = c * depths * rows * width4 * volume_bytes
     scores = 3 * depths * rows * width4 * 4
     volumes = int(2.75 * volume) + 3 * min(volume, 32 << 20) + scores + (0 if rows == height4 else depths * cells * 4)
     regression = depths * height4 * 4 * width4 * 4 + depths * cells * 4
     pictures = 6 * 3 * 16 * cells * 4
     # What the convolution library and the allocator keep for themselves does not grow with the picture.
-    library = 96 << 20
-    return int(1.15 * (pictures + max(features, features // 3 + volumes, features // 3 + regression))) + library
+    library = (96 if volume_bytes == 4 else 192) << 20
+    return int(1.15 * (pictures + max(features, fusion // 3 + max(volumes, regression)))) + library
 
 
 def choose_band_height(
     config: ModelConfig, height: int, width: int, budget_bytes: int, *,
-    overlap: int = DEFAULT_OVERLAP_PX, bytes_per_value: int = 4,
+    overlap: int = DEFAULT_OVERLAP_PX, precision: str = "fp32",
 ) -> int | None:  # fmt: skip
     """Return the largest band height whose ``estimate_memory`` keeps within the budget; None if no bands are needed.
 
@@ -123,7 +138,7 @@ def choose_band_height(
     """
 
     def needed(band_height: int | None) -> int:
-        return estimate_memory(config, height, width, band_height, overlap=overlap, bytes_per_value=bytes_per_value)
+        return estimate_memory(config, height, width, band_height, overlap=overlap, precision=precision)
 
     if needed(None) <= budget_bytes:
         return None

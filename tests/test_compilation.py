@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from training_runs import tiny_config, write_pairs
 
-from fa_stereo import compilation
+from fa_stereo import compilation, inference, training
 from fa_stereo.compilation import check_compiler, compile_network, uncompiled
 from fa_stereo.config import AttentionConfig, ModelConfig
 from fa_stereo.errors import InputError
+from fa_stereo.inference import DisparityPredictor
+from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.optimized import optimize_for_inference
 from fa_stereo.models.psmnet import PSMNet, build_model
+from fa_stereo.training import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +58,32 @@ def test_same_disparity(aggregation: str) -> None:
     torch.testing.assert_close(compiled(*views), model(*views), atol=1e-9, rtol=0)
     wider = torch.randn(2, 2, 3, 48, 80, dtype=torch.float64)  # other sizes are compiled anew
     torch.testing.assert_close(compiled(*wider), model(*wider), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "mixed"])
+def test_same_disparity_as_predicted(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients the network works in slabs: what is compiled then is other code."""
+    model = tiny().eval()
+    monkeypatch.setattr(inference, "compile_network", functools.partial(compile_network, backend="aot_eager"))
+    pair = np.random.default_rng(0).integers(0, 256, (2, 32, 64, 3), np.uint8)
+    plain, compiled = (
+        DisparityPredictor(model, device="cpu", precision=precision, compile=wanted)(*pair).disparity
+        for wanted in (False, True)
+    )
+    np.testing.assert_allclose(compiled, plain, atol=1e-3 if precision == "fp32" else 0.2)
+
+
+def test_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "compile_network", functools.partial(compile_network, backend="aot_eager"))
+    pairs = write_pairs(tmp_path / "pairs")
+    weights = []
+    for name, wanted in (("plain", False), ("compiled", True)):
+        config = tiny_config(pairs, tmp_path / name, trainer__compile=wanted, trainer__max_steps=2)
+        Trainer(config).run()
+        weights.append(load_model(tmp_path / name / "weights.safetensors").state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_same_gradients() -> None:

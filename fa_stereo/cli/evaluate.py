@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import heapq
-from collections.abc import Collection
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,10 @@ def run(config: EvaluateConfig) -> int:
     from fa_stereo import __version__, distributed
     from fa_stereo.data import open_dataset
     from fa_stereo.evaluation import evaluate, select_images
+    from fa_stereo.machine import compute_float32_in_full
     from fa_stereo.memory import keep_freed_memory
 
+    compute_float32_in_full()
     keep_freed_memory(whole=False)
     dataset = open_dataset(config.dataset)
     predict, description = _predictor(config)
@@ -81,13 +84,32 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict | nn.Module, dict[str, s
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     checkpoint = find_checkpoint(config.checkpoint, device)
-    predict = network_predictor(optimize_for_inference(load_model(checkpoint, device), precision), device)
+    model = load_model(checkpoint, device)
+    predict = network_predictor(optimize_for_inference(model, precision), device)
+    if precision != "fp32":
+        predict = repeat_in_full(predict, lambda: network_predictor(optimize_for_inference(model), device))
     return predict, {
         "method": "network",
         "checkpoint": str(config.checkpoint or checkpoint.stem),
         "precision": precision,
         "device": device.type,
     }
+
+
+def repeat_in_full(predict: Predict, build: Callable[[], Predict]) -> Predict:
+    """Return ``predict``, which leaves what is not finite to what ``build`` returns, as fa-stereo predict does."""
+    full: list[Predict] = []
+
+    def checked(left: Tensor, right: Tensor) -> Tensor:
+        disparity = predict(left, right)
+        if disparity.isfinite().all():
+            return disparity
+        if not full:
+            print("fa-stereo evaluate: pairs whose result is not finite are computed again in fp32", file=sys.stderr)
+            full.append(build())
+        return full[0](left, right)
+
+    return checked
 
 
 def _subject(description: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ import argparse
 import io
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,7 +81,10 @@ def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
         help="for large pictures: compute this many rows at a time (a multiple of 16), blended without a seam",
     )  # fmt: skip
     memory.add_argument(
-        "--memory", type=float, metavar="GB", help="tile so that a pair takes about this much memory at most"
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="tile so that a pair takes about this much memory at most, besides the process itself (0.6 GB)",
     )
     parser.add_argument(
         "--compile", action="store_true",
@@ -217,8 +221,10 @@ def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
         InputError: An option is refused, or there are no such weights.
     """
     from fa_stereo.inference import load_predictor
+    from fa_stereo.machine import compute_float32_in_full
     from fa_stereo.memory import keep_freed_memory
 
+    compute_float32_in_full()
     keep_freed_memory(whole=False)
     return load_predictor(
         named_weights(arguments),
@@ -266,6 +272,7 @@ def _predict_many(
     from fa_stereo.rectification import judge_pair
 
     seconds: list[float] = []
+    precisions: Counter[str] = Counter()
     failed: list[str] = []
     suspicious = 0
     with tqdm(pairs, desc="predict", unit="pair", disable=None) as progress:
@@ -292,15 +299,22 @@ def _predict_many(
                 tqdm.write(f"failed: {pair.name}: {error}", file=sys.stderr)
                 continue
             seconds.append(prediction.seconds)
+            precisions[prediction.precision] += 1
     if suspicious > MOST_WARNINGS:
         print(f"warning: {suspicious} of {len(pairs)} pairs look unrectified or swapped", file=sys.stderr)
     if seconds:
         print(
             f"{len(seconds)} of {len(pairs)} pairs written to {folder}: "
-            f"{float(np.median(seconds)):.2f} s a pair on {predictor.device} in {predictor.precision}"
+            f"{float(np.median(seconds)):.2f} s a pair on {predictor.device} in {_in_words(precisions)}"
         )
     if failed:
         names = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
         print(f"{len(failed)} of {len(pairs)} pairs failed: {names}", file=sys.stderr)
         return 2
     return 0
+
+
+def _in_words(precisions: Counter[str]) -> str:
+    """Return the precision of all pairs, or of most and how many were computed in another."""
+    (usual, _), *others = precisions.most_common()
+    return usual + "".join(f" ({count} in {name})" for name, count in others)

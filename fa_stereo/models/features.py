@@ -57,6 +57,12 @@ class SpatialPyramidPooling(nn.Module):
         self.align_corners = align_corners
         self.branches = nn.ModuleList(ConvNorm2d(in_channels, branch_channels, 1) for _ in self.POOL_SIZES)
 
+    def freeze_lonely_values(self, batch: int, height: int, width: int) -> None:
+        """Put batch norm into eval mode where a pool of so many maps h x w leaves one value, without a statistic."""
+        for size, branch in zip(self.POOL_SIZES, self.branches, strict=True):
+            if batch * (height // min(size, height)) * (width // min(size, width)) == 1:
+                branch.eval()
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map [B, C, h, w] to four [B, C_branch, h, w], coarsest pool first.
 

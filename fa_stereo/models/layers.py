@@ -12,18 +12,26 @@ from torch import Tensor, nn
 
 
 class ConvNorm2d(nn.Module):
-    """A convolution without bias, then batch norm: [B, C_in, H, W] -> [B, C_out, H', W']. No nonlinearity."""
+    """A convolution without bias, then batch norm: [B, C_in, H, W] -> [B, C_out, H', W']. No nonlinearity.
+
+    A 1x1 kernel with a stride is given the pixels it looks at, and no stride: the same function. With the stride,
+    oneDNN's gradient of the weights writes out of bounds on CPUs with AVX2 alone, for fewer than 8 input channels (its
+    issue 6035).
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 3, *, stride: int = 1, dilation: int = 1
     ) -> None:
         super().__init__()
         padding = dilation * (kernel_size // 2)
+        self.step, stride = (stride, 1) if kernel_size == 1 else (1, stride)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
+        if self.step > 1:
+            x = x[..., :: self.step, :: self.step]
         out: Tensor = self.norm(self.conv(x))
         return out
 

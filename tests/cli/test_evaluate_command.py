@@ -7,13 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
-from fa_stereo.cli.evaluate import PictureWriter, deviations
+from fa_stereo.cli.evaluate import PictureWriter, deviations, repeat_in_full
 from fa_stereo.cli.hydra_entry import run_hydra
 from fa_stereo.cli.main import main
 from fa_stereo.config import DATASET_KINDS, DatasetConfig, EvaluateConfig, ModelConfig, ProtocolConfig, SceneFlowConfig
@@ -60,6 +63,23 @@ def run_command(repository: Path, *arguments: object, processes: int = 0) -> sub
     command = [sys.executable, *start, str(repository / "scripts" / "evaluate.py"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def test_what_is_not_finite_is_computed_again(capsys: pytest.CaptureFixture[str]) -> None:
+    built: list[int] = []
+
+    def build() -> Callable[[Tensor, Tensor], Tensor]:
+        built.append(1)
+        return lambda left, right: torch.full((1, 4, 4), 7.0)
+
+    predict = repeat_in_full(lambda left, right: left / right, build)
+    ones, zeros = torch.ones(1, 4, 4), torch.zeros(1, 4, 4)
+    assert torch.equal(predict(ones, ones), ones)
+    assert not built
+    for _ in range(2):
+        assert torch.equal(predict(ones, zeros), torch.full((1, 4, 4), 7.0))
+    assert built == [1]
+    assert capsys.readouterr().err.count("computed again in fp32") == 1
 
 
 def data_of(scene_flow: Path) -> list[str]:

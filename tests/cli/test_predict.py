@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fa_stereo.cli.main import main
 from fa_stereo.cli.predict import parse_formats
@@ -115,6 +116,25 @@ def test_a_bad_pair_among_others_is_named_and_the_rest_is_kept(
     assert str(damaged) in captured.err
     assert "1 of 3 pairs failed: 1" in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_pairs_computed_in_another_precision_are_counted(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        write_pair(tmp_path / f"left/{index}.png", tmp_path / f"right/{index}.png", seed=index)
+    call = DisparityPredictor.__call__
+    precisions = iter(("mixed", "fp32", "mixed"))
+
+    def fall_back(self: DisparityPredictor, left: np.ndarray, right: np.ndarray) -> Prediction:
+        return dataclasses.replace(call(self, left, right), precision=next(precisions))
+
+    monkeypatch.setattr(DisparityPredictor, "__call__", fall_back)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    arguments = (tmp_path / "left", tmp_path / "right", "-o", tmp_path / "out", "--checkpoint", checkpoint)
+    assert predict(*arguments) == 0
+    assert "s a pair on cpu in mixed (1 in fp32)" in capsys.readouterr().out
+    assert torch.backends.cudnn.allow_tf32 is False  # fp32 is what it says, on a GPU too
 
 
 def test_a_disparity_that_the_format_cannot_hold_costs_no_other_pair(
