@@ -95,7 +95,7 @@ class Variant:
         return [run.final[metric] for run in self.runs.values()]
 
     def mean_and_deviation(self, metric: str) -> tuple[float, float | None]:
-        """Return mean and standard deviation (of the population, n - 1) over seeds; of one seed there is none."""
+        """Return mean and standard deviation (of the sample, n - 1) over seeds; of one seed there is none."""
         values = self.finals(metric)
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 

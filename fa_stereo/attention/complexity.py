@@ -334,11 +334,26 @@ class Statement:
     tolerance: float = field(default=0.1, repr=False)
 
     @property
+    def reason(self) -> str:
+        """Why the stated figure is another, as far as one can tell; empty where it agrees."""
+        return "" if self.agrees else DOUBTS[self.claim]
+
+    @property
     def agrees(self) -> bool:
         """Whether the counted figure is the stated one, to rounding, or the comparison holds."""
         if self.stated is None:
             return self.by_count < 1
         return abs(self.by_count / self.stated - 1) <= self.tolerance
+
+
+DOUBTS = {
+    "non-local on 256x256: 412 GMACC": "half of what table 9 gives, as if two operations counted as one here alone",
+    "28x28x4 (I3D's res3, c = 512): 2x less memory": "the paper does not say the channels",
+    "28x28x4 (I3D's res3, c = 512): 2x less computation": "the paper does not say the channels",
+    "64x64x32: 32x less memory": "a misprint: the saving of computation on 64x64, once more",
+    "factorized BERT (512 entries): 20 % less memory": "the paper does not say which BERT, nor what else is counted",
+}
+"""Statements that the formulas do not give, and what may be the reason."""
 
 
 def statements() -> list[Statement]:

@@ -147,7 +147,7 @@ def as_text(blocks: Iterable[BlockRow], shape: str) -> str:
                     "below 1" if item.stated is None else f"{item.stated:g}",
                     f"{item.by_print:.4g}",
                     f"{item.by_count:.4g} {item.unit}",
-                    "agrees" if item.agrees else "DISAGREES",
+                    "agrees" if item.agrees else f"DISAGREES: {item.reason}",
                 )
                 for item in complexity.statements()
             ],
@@ -248,6 +248,7 @@ def as_plain(blocks: Iterable[BlockRow]) -> dict[str, Any]:
                 "by_print": item.by_print,
                 "by_count": item.by_count,
                 "agrees": item.agrees,
+                "reason": item.reason,
             }
             for item in complexity.statements()
         ],

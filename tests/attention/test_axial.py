@@ -8,7 +8,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor, nn
 
 from fa_stereo.attention import AxialAttention
-from fa_stereo.attention.axial import AxisAttention
+from fa_stereo.attention.axial import AxisAttention, block_length
 from fa_stereo.errors import InputError
 
 
@@ -141,6 +141,19 @@ def test_attention_row_of_a_volume_stays_in_its_plane() -> None:
     assert (weights[:, :, [0, 2]] == 0).all()
     with pytest.raises(InputError, match="not inside a map"):
         attention.attention_row(x, (1, 7, 5))
+
+
+def test_blocks_never_cost_more_than_the_whole_line() -> None:
+    for length in (1, 7, 16, 40, 64, 136, 240):
+        costs = []
+        for span in (1, 5, 9, 17, 33, 65, 129):
+            block = block_length(length, span)
+            reach = length if block == length else block + span - 1
+            costs.append(-(-length // block) * block * reach)
+            assert costs[-1] <= length * length
+        assert block_length(length, None) == length
+    assert costs == sorted(costs)  # a wider window costs more, on lines that are long enough
+    assert costs[0] < costs[-1] / 10
 
 
 def test_memory_is_linear_in_the_span() -> None:

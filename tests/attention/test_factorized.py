@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -134,6 +136,19 @@ def test_permuting_positions_permutes_the_result(normalization: str) -> None:
     order = torch.randperm(35)
     direct = attention(x[..., order].reshape(3, 12, 5, 7)).flatten(2)
     torch.testing.assert_close(direct, attention(x.reshape(3, 12, 5, 7)).flatten(2)[..., order])
+
+
+@pytest.mark.parametrize("kind", [FactorizedAttention, NonLocalAttention])
+def test_a_mixed_up_axis_would_be_noticed(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above fails a module whose rows are not positions: here the map is cut up in memory order."""
+    module = sys.modules[kind.__module__]
+    monkeypatch.setattr(module, "to_positions", lambda x: x.reshape(len(x), -1, x.shape[1]))
+    monkeypatch.setattr(module, "from_positions", lambda rows, size: rows.reshape(len(rows), rows.shape[2], *size))
+    attention = random_weights(kind(12, 8, 8, heads=2))
+    x = torch.randn(3, 12, 35, dtype=torch.float64)
+    order = torch.randperm(35)
+    direct = attention(x[..., order].reshape(3, 12, 5, 7)).flatten(2)
+    assert (direct - attention(x.reshape(3, 12, 5, 7)).flatten(2)[..., order]).abs().max() > 0.1
 
 
 def test_gradients_are_right() -> None:

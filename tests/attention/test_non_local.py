@@ -101,9 +101,15 @@ def test_only_materialized_stores_the_map(key_channels: int, value_channels: int
     assert largest["fused"] < positions**2 // 8
 
 
-@pytest.mark.parametrize("computation", ["materialized", "chunked", "fused"])
-def test_permuting_positions_permutes_the_result(computation: str) -> None:
-    attention = random_weights(NonLocalAttention(12, 8, 8, heads=2, computation=computation))
+@pytest.mark.parametrize(
+    ("computation", "normalization"),
+    [("materialized", "gaussian"), ("chunked", "gaussian"), ("fused", "gaussian"), ("materialized", "dot"),
+     ("chunked", "dot")],
+)  # fmt: skip
+def test_permuting_positions_permutes_the_result(computation: str, normalization: str) -> None:
+    attention = random_weights(
+        NonLocalAttention(12, 8, 8, heads=2, normalization=normalization, computation=computation)
+    )
     x = torch.randn(3, 12, 35, dtype=torch.float64)
     order = torch.randperm(35)
     direct = attention(x[..., order].reshape(3, 12, 5, 7)).flatten(2)
