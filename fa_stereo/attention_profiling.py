@@ -33,6 +33,7 @@ from fa_stereo.attention import build_attention
 from fa_stereo.attention.complexity import block_cost
 from fa_stereo.config import PRECISIONS, AttentionConfig, ModelConfig
 from fa_stereo.errors import InputError
+from fa_stereo.machine import compute_float32_in_full
 from fa_stereo.memory import (
     MemoryLimit,
     is_out_of_memory,
@@ -319,6 +320,7 @@ def serve(case: Case, result_path: Path, requests: IO[str], replies: IO[str]) ->
         print(json.dumps(values), file=replies, flush=True)
 
     prefer_as_victim()
+    compute_float32_in_full()
     if case.threads is not None:
         torch.set_num_threads(case.threads)
     return_large_blocks()

@@ -17,6 +17,7 @@ from torch import Tensor
 from fa_stereo.attention.complexity import block_cost
 from fa_stereo.config import ModelConfig
 from fa_stereo.errors import InputError
+from fa_stereo.models.features import SLOT_MAPS
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet
 
 DEFAULT_OVERLAP_PX = 128
@@ -27,9 +28,6 @@ EXACT_OVERLAP_PX = 448
 
 _BYTES = {"fp32": (4, 4), "mixed": (4, 2), "bf16": (2, 2), "fp16": (2, 2)}
 """Of a value of the features, and of one of the volumes, by precision."""
-
-_SLOT_MAPS = {"res1": (1, 2), "res2": (2, 4), "res3": (4, 4), "res4": (4, 4), "pyramid": (1, 4)}
-"""Channels of a slot's map, in base channels, and by how much it is smaller than the picture."""
 
 
 def predict_in_bands(
@@ -112,7 +110,7 @@ def estimate_memory(
     # Attention, in float32 always: next to nothing beside that, unless it stores a map of all pairs of positions.
     attention = [
         block_cost(config.attention, share * c, (4 * height4 // scale, 4 * width4 // scale)).inference_bytes
-        for share, scale in (_SLOT_MAPS[slot] for slot in config.attention_slots)
+        for share, scale in (SLOT_MAPS[slot] for slot in config.attention_slots)
         if config.attention.kind != "none"
     ]
     features = max(fusion, (2 + 4) * c * cells * feature_bytes + max(attention, default=0))

@@ -48,7 +48,7 @@ from fa_stereo.history import History
 from fa_stereo.losses import StereoLoss
 from fa_stereo.machine import describe_device
 from fa_stereo.models.checkpoint import load_matching_weights, read_torch_file, save_atomically, save_weights
-from fa_stereo.models.optimized import cpu_computes_float16, prepare_for_training
+from fa_stereo.models.optimized import cpu_computes_bfloat16, cpu_computes_float16, prepare_for_training
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet, StereoOutput, build_model
 from fa_stereo.sampling import Batch, StepSampler, TrainingStream, make_loader
 from fa_stereo.schedules import learning_rate_factor
@@ -727,8 +727,12 @@ def _check_precision(config: TrainConfig, device: torch.device) -> None:
             "trainer.precision=bf16 on the CPU gives wrong gradients with model.max_disparity below 48 (a fault of the "
             "library underneath): use fp32 or a larger model.max_disparity"
         )
-    if device.type == "cpu" and config.trainer.precision == "fp16" and not cpu_computes_float16():
-        logger.warning("trainer.precision=fp16 is far slower than fp32 on this CPU, which has no hardware for it")
+    in_hardware = {"bf16": cpu_computes_bfloat16, "fp16": cpu_computes_float16}.get(config.trainer.precision)
+    if device.type == "cpu" and in_hardware is not None and not in_hardware():
+        logger.warning(
+            "trainer.precision=%s is far slower than fp32 on this CPU, which has no hardware for it",
+            config.trainer.precision,
+        )
 
 
 def _open_validation(config: DatasetConfig | None) -> Dataset[StereoSample] | None:

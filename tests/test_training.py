@@ -223,6 +223,19 @@ def test_training_lowers_the_error(pairs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_the_cpu_has_no_hardware_for_is_told(
+    precision: str, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(pairs, tmp_path, trainer__precision=precision, model__max_disparity=48)
+    for present in (True, False):
+        caplog.clear()
+        for name in ("cpu_computes_bfloat16", "cpu_computes_float16"):
+            monkeypatch.setattr(fa_stereo.training, name, lambda present=present: present)
+        Trainer(config)
+        assert (f"trainer.precision={precision} is far slower than fp32" in caplog.text) == (not present)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(pairs: Path, tmp_path: Path, precision: str) -> None:
     config = tiny_config(pairs, tmp_path, trainer__precision=precision, trainer__epochs=2, model__max_disparity=48)
     trainer = Trainer(config)

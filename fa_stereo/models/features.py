@@ -17,6 +17,9 @@ from fa_stereo.errors import InputError
 from fa_stereo.models.layers import ConvNorm2d, initialize_like_psmnet
 from fa_stereo.models.recomputation import Run, call
 
+SLOT_MAPS = {"res1": (1, 2), "res2": (2, 4), "res3": (4, 4), "res4": (4, 4), "pyramid": (1, 4)}
+"""What an attention block is given in each slot: channels in units of c, and by how much smaller than the picture."""
+
 
 class ResidualBlock(nn.Module):
     """PSMNet's basic block: two 3x3 convolutions, the first with ReLU, and no ReLU after the residual sum."""
@@ -114,10 +117,9 @@ class FeatureExtractor(nn.Module):
 
         # Attention blocks come after the initialisation above: each starts as the identity by its own means. The random
         # numbers they draw are given back, so that from one seed the rest starts alike whatever is in the slots.
-        slot_channels = {"res1": c, "res2": 2 * c, "res3": 4 * c, "res4": 4 * c, "pyramid": c}
         slots: Sequence[str] = config.attention_slots if config.attention.kind != "none" else ()
         with torch.random.fork_rng(devices=[]):
-            blocks = {slot: build_attention(config.attention, slot_channels[slot]) for slot in slots}
+            blocks = {slot: build_attention(config.attention, SLOT_MAPS[slot][0] * c) for slot in slots}
         self.attention = nn.ModuleDict(blocks)
 
     def _attend(self, slot: str, x: Tensor) -> Tensor:

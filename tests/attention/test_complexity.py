@@ -110,6 +110,8 @@ def test_figures_that_the_paper_states() -> None:
     assert bert.by_print == pytest.approx(100 * (1 - 3_981_312 / 7_077_888))
     assert bert.by_count == pytest.approx(32.8, abs=0.05)
     assert not bert.agrees
+    for statement in complexity.statements():
+        assert bool(statement.reason) == (not statement.agrees), statement.claim
 
 
 def test_the_ingredients_of_the_comparison_at_256() -> None:

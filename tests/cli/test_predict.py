@@ -29,6 +29,12 @@ def write_pair(left: Path, right: Path, seed: int = 0, size: tuple[int, int] = (
     write_picture(right, wide[:, disparity : width + disparity])
 
 
+def write_three_pairs(folder: Path) -> None:
+    """Write 0.png to 2.png into the folders left and right."""
+    for index in range(3):
+        write_pair(folder / f"left/{index}.png", folder / f"right/{index}.png", seed=index)
+
+
 def predict(*arguments: str | Path) -> int:
     return main(["predict", *map(str, arguments), "--device", "cpu"])
 
@@ -102,8 +108,7 @@ def test_patterns(tmp_path: Path, checkpoint: Path) -> None:
 def test_a_bad_pair_among_others_is_named_and_the_rest_is_kept(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for index in range(3):
-        write_pair(tmp_path / f"left/{index}.png", tmp_path / f"right/{index}.png", seed=index)
+    write_three_pairs(tmp_path)
     damaged = tmp_path / "right/1.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
     out = tmp_path / "out"
@@ -121,8 +126,7 @@ def test_a_bad_pair_among_others_is_named_and_the_rest_is_kept(
 def test_pairs_computed_in_another_precision_are_counted(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for index in range(3):
-        write_pair(tmp_path / f"left/{index}.png", tmp_path / f"right/{index}.png", seed=index)
+    write_three_pairs(tmp_path)
     call = DisparityPredictor.__call__
     precisions = iter(("mixed", "fp32", "mixed"))
 
@@ -140,8 +144,7 @@ def test_pairs_computed_in_another_precision_are_counted(
 def test_a_disparity_that_the_format_cannot_hold_costs_no_other_pair(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for index in range(3):
-        write_pair(tmp_path / f"left/{index}.png", tmp_path / f"right/{index}.png", seed=index)
+    write_three_pairs(tmp_path)
     call = DisparityPredictor.__call__
     count = iter(range(3))
 
