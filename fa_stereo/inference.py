@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import math
 import os
 import threading
@@ -22,10 +22,17 @@ from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.memory import is_out_of_memory
 from fa_stereo.models.checkpoint import load_model
-from fa_stereo.models.optimized import cpu_computes_bfloat16, cpu_computes_float16, optimize_for_inference
+from fa_stereo.models.optimized import (
+    computes_in_hardware,
+    cpu_computes_bfloat16,
+    cpu_computes_float16,
+    optimize_for_inference,
+)
 from fa_stereo.models.psmnet import PSMNet
 from fa_stereo.tiling import choose_band_height, predict_in_bands
 from fa_stereo.weights import find_checkpoint
+
+logger = logging.getLogger(__name__)
 
 MINIMUM_SIZE_PX = 16
 
@@ -76,8 +83,9 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
     Args:
         precision: fp32, bf16, fp16, mixed (features in fp32, what follows in bf16), or ``auto``: fp16 on CUDA and on
-            CPUs that multiply float16 matrices, mixed on those that multiply bfloat16, else fp32. Both move disparity
-            by a hundredth of a pixel or so. Never bf16, which is faster, but moves it several times as far.
+            CPUs that multiply float16 matrices, mixed on those that multiply bfloat16, else fp32. On a CPU with AMX
+            for bfloat16 both moved disparity by a hundredth of a pixel; the other machines take the choice from there.
+            Never bf16, which is faster, but moves it several times as far.
         device: Where the network runs.
 
     Raises:
@@ -140,12 +148,14 @@ class DisparityPredictor:
             band_height: Rows computed at a time, a multiple of 16, for large pictures; see ``fa_stereo.tiling``.
             memory_gb: Instead, the memory that a pair may take, in GB, besides the process itself.
             compile: Compile the network for every size of picture (up to eight): a minute each, no gain on the CPU.
-            cuda_graph: From the second pair of a size in a row on, launch all of the network's kernels at once. On a
-                GPU, and for whole pictures, not bands; without effect elsewhere. Keeps the memory of two sizes.
+            cuda_graph: From the second pair of a size in a row on, launch all of the network's kernels at once. For a
+                GPU, without effect elsewhere; for whole pictures, not bands. Keeps the memory of two sizes.
 
         Raises:
             InputError: The device or the precision is unknown or unavailable, there is no compiler, or another value is
                 refused.
+
+        A precision below fp32 on a CPU without hardware for it, where it is far slower, is logged as a warning.
         """
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
@@ -155,6 +165,10 @@ class DisparityPredictor:
             raise InputError(f"the rows of a tile must be a positive multiple of 16, got {band_height}")
         if memory_gb is not None and not memory_gb > 0:
             raise InputError(f"the memory must be a positive number of GB, got {memory_gb}")
+        if cuda_graph and (band_height is not None or memory_gb is not None):
+            raise InputError("a CUDA graph is of whole pictures: leave out either it or the tiles and the memory limit")
+        if not computes_in_hardware(self.precision, self.device):
+            logger.warning("%s is far slower than fp32 on this CPU, which has no hardware for it", self.precision)
         self.scale, self.band_height, self.memory_gb = scale, band_height, memory_gb
         self.compile, self.cuda_graph = compile, cuda_graph
         self.model = model.to(self.device).eval()
@@ -176,11 +190,11 @@ class DisparityPredictor:
         start = time.perf_counter()
         views = check_pair(left, right)
         height, width = views[0].shape[:2]
-        if self.scale != 1:
-            views = _resize_pair(*views, self.scale)
-        pair = torch.from_numpy(np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2)))  # [2, 3, H, W]
         precision = self.precision
         try:
+            if self.scale != 1:
+                views = _resize_pair(*views, self.scale)
+            pair = torch.from_numpy(np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2)))  # [2, 3, H, W]
             disparity = self._predict(pair, precision)
             if precision != "fp32" and not np.isfinite(disparity).all():
                 precision = "fp32"  # activations that float16 cannot hold
@@ -208,9 +222,13 @@ class DisparityPredictor:
             compile_network(network)
         return network, GraphedNetwork(network) if self.cuda_graph else network
 
-    @torch.inference_mode()
     def _predict(self, pair: torch.Tensor, precision: str) -> NDArray[np.float32]:
         """Return disparity [H, W] for both views as uint8 [2, 3, H, W]."""
+        # What the caller's autocast says about precision is not what was asked of the predictor.
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return self._compute(pair, precision)
+
+    def _compute(self, pair: torch.Tensor, precision: str) -> NDArray[np.float32]:
         left, right = normalize_images(pair.to(self.device)).chunk(2)  # [1, 3, H, W] each
         with self._building:  # by one thread only
             if precision not in self._networks:
@@ -263,8 +281,7 @@ def load_predictor(
     choose_precision(precision, chosen)  # refuse a wrong value before reading a large file
     model = load_model(find_checkpoint(weights, chosen), device=chosen)
     if max_disparity is not None:
-        # No parameter depends on the range: only the depth of the cost volume does.
-        model.config = dataclasses.replace(model.config, max_disparity=max_disparity)
+        model.set_max_disparity(max_disparity)
     return DisparityPredictor(
         model, chosen, precision,
         scale=scale, band_height=band_height, memory_gb=memory_gb, compile=compile, cuda_graph=cuda_graph,
@@ -304,6 +321,13 @@ def _resize_pair(
     if min(height, width) < MINIMUM_SIZE_PX:
         raise InputError(f"at scale {scale:g} the pictures are {width}x{height}, too small: choose a larger scale")
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    resized = [np.asarray(cv2.resize(np.ascontiguousarray(view), (width, height), interpolation=method), np.uint8)
-               for view in (left, right)]  # fmt: skip
+    try:
+        resized = [
+            np.asarray(cv2.resize(np.ascontiguousarray(view), (width, height), interpolation=method), np.uint8)
+            for view in (left, right)
+        ]
+    except cv2.error:  # more than memory holds, or than OpenCV counts
+        raise InputError(
+            f"at scale {scale:g} the pictures are {width}x{height}, too large: choose a smaller scale"
+        ) from None
     return resized[0], resized[1]

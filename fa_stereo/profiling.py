@@ -159,7 +159,7 @@ def _build_model(task: Task) -> PSMNet:
     else:
         model = load_model(task.weights)
     if task.max_disparity is not None:
-        model.config = dataclasses.replace(model.config, max_disparity=task.max_disparity)
+        model.set_max_disparity(task.max_disparity)
     return model.eval()
 
 
@@ -268,7 +268,7 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
         keep_freed_memory(whole=task.part == "training_step")  # as the commands do
     run = build_run(task)
     return_freed_memory()  # of loading, building and copying the network
-    before = _memory_in_use(task.device)
+    before = _memory_in_use(task.device, keep_peak=task.path == "graph")
     result: Tensor | None = None
     print("ready", file=replies, flush=True)
     for _ in requests:
@@ -289,10 +289,13 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
     print(json.dumps({"peak_bytes": peak, "extra_bytes": max(peak - before, 0)}), file=replies, flush=True)
 
 
-def _memory_in_use(device: str) -> int:
+def _memory_in_use(device: str, *, keep_peak: bool = False) -> int:
+    """Return what is in use and let the peak start there, unless it is to be kept: a graph's memory is taken when it
+    is recorded, and nothing more when it runs."""
     if device != "cpu":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+        if not keep_peak:
+            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if not sys.platform.startswith("linux"):
         return _peak_memory(device)
@@ -381,7 +384,11 @@ class _Process:
         if not line:
             self.popen.wait()
             words = [text for text in self.log.read_text().splitlines() if text.strip()]
-            reason = words[-1] if words else f"exit code {self.popen.returncode}, perhaps for want of memory"
+            reason = (
+                words[-1].removeprefix("fa_stereo.errors.InputError: ")
+                if words
+                else f"exit code {self.popen.returncode}, perhaps for want of memory"
+            )
             task = self.task
             raise InputError(f"measuring {task.part} ({task.path}, {task.precision}) failed: {reason}")
         return line
@@ -412,13 +419,14 @@ def _measuring(task: Task, environment: dict[str, str]) -> Iterator[_Process]:
             process.popen.wait()
 
 
-def compare(measurements: list[Measurement], *, relative: bool) -> list[dict[str, Any]]:
+def compare(measurements: list[Measurement], *, relative: bool, base: int = 0) -> list[dict[str, Any]]:
     """Return plain data for each measurement, compared with the first, the reference.
 
     Args:
         measurements: Of variants of one part.
         relative: Give deviations of the output relative to the reference's largest absolute value, instead of as they
             are, which is in pixels for the network and the regression.
+        base: Which of them speedups refer to.
     """
     reference = measurements[0]
     rows = []
@@ -426,7 +434,7 @@ def compare(measurements: list[Measurement], *, relative: bool) -> list[dict[str
         row: dict[str, Any] = {
             "seconds": measurement.median_seconds,
             "all_seconds": measurement.seconds,
-            "speedup": reference.median_seconds / measurement.median_seconds,
+            "speedup": measurements[base].median_seconds / measurement.median_seconds,
             "peak_bytes": measurement.peak_bytes,
             "extra_bytes": measurement.extra_bytes,
         }

@@ -48,7 +48,7 @@ from fa_stereo.history import History
 from fa_stereo.losses import StereoLoss
 from fa_stereo.machine import describe_device
 from fa_stereo.models.checkpoint import load_matching_weights, read_torch_file, save_atomically, save_weights
-from fa_stereo.models.optimized import cpu_computes_bfloat16, cpu_computes_float16, prepare_for_training
+from fa_stereo.models.optimized import computes_in_hardware, prepare_for_training
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet, StereoOutput, build_model
 from fa_stereo.sampling import Batch, StepSampler, TrainingStream, make_loader
 from fa_stereo.schedules import learning_rate_factor
@@ -710,7 +710,7 @@ def _split_batch(batch: Batch, size: int | None) -> list[Batch]:
 
 def _check_data(config: TrainConfig) -> None:
     if config.data.train.kind != "rendered" and config.data.train.root is None:
-        raise InputError(f"data.train.root must be given: the folder of the {config.data.train.kind} pairs")
+        raise InputError("data.train.root must be given: the folder of the pairs, laid out as data/README.md says")
     for name in ("crop_height", "crop_width"):
         value = getattr(config.data.augmentation, name)
         if value % SIZE_MULTIPLE:
@@ -727,8 +727,7 @@ def _check_precision(config: TrainConfig, device: torch.device) -> None:
             "trainer.precision=bf16 on the CPU gives wrong gradients with model.max_disparity below 48 (a fault of the "
             "library underneath): use fp32 or a larger model.max_disparity"
         )
-    in_hardware = {"bf16": cpu_computes_bfloat16, "fp16": cpu_computes_float16}.get(config.trainer.precision)
-    if device.type == "cpu" and in_hardware is not None and not in_hardware():
+    if not computes_in_hardware(config.trainer.precision, device):
         logger.warning(
             "trainer.precision=%s is far slower than fp32 on this CPU, which has no hardware for it",
             config.trainer.precision,

@@ -15,6 +15,7 @@ from fa_stereo.config import ModelConfig
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.inference import DisparityPredictor, choose_device, choose_precision, load_predictor
+from fa_stereo.machine import compute_float32_in_full
 from fa_stereo.models.checkpoint import save_weights
 from fa_stereo.models.optimized import cpu_computes_bfloat16, cpu_computes_float16
 from fa_stereo.models.psmnet import PSMNet, build_model
@@ -58,6 +59,27 @@ def test_prediction_is_the_networks_own_answer(predictor: DisparityPredictor, mo
     assert (prediction.device, prediction.precision) == ("cpu", "fp32")
     assert prediction.seconds > 0
     assert 0 <= prediction.disparity.min() <= prediction.disparity.max() < 32
+
+
+def test_the_callers_autocast_changes_nothing(predictor: DisparityPredictor) -> None:
+    expected = predictor(*random_pair()).disparity
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        np.testing.assert_array_equal(predictor(*random_pair()).disparity, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "mixed", "fp32"])
+def test_a_precision_without_hardware_is_reported(
+    model: PSMNet, precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    DisparityPredictor(copy.deepcopy(model), device="cpu", precision=precision)
+    slow = precision != "fp32" and not (cpu_computes_float16() if precision == "fp16" else cpu_computes_bfloat16())
+    assert (f"{precision} is far slower than fp32 on this CPU" in caplog.text) == slow
+
+
+def test_a_cuda_graph_is_of_whole_pictures(model: PSMNet) -> None:
+    for bands in ({"band_height": 32}, {"memory_gb": 1.0}):
+        with pytest.raises(InputError, match="a CUDA graph is of whole pictures"):
+            DisparityPredictor(model, device="cpu", cuda_graph=True, **bands)  # type: ignore[arg-type]
 
 
 def test_channel_order_matters_and_views_are_not_swapped(predictor: DisparityPredictor) -> None:
@@ -234,9 +256,8 @@ def test_out_of_memory_is_an_input_error_and_other_failures_are_not(monkeypatch:
 def test_cuda_agrees_with_the_cpu(model: PSMNet, precision: str, tolerance: float) -> None:
     left, right = random_pair(64, 96)
     expected = DisparityPredictor(model, device="cpu", precision="fp32")(left, right).disparity
-    copy = build_model(model.config)
-    copy.load_state_dict(model.state_dict())
-    prediction = DisparityPredictor(copy, device="cuda", precision=precision)(left, right)
+    compute_float32_in_full()
+    prediction = DisparityPredictor(copy.deepcopy(model), device="cuda", precision=precision)(left, right)
     assert prediction.device.startswith("cuda")
     assert np.median(np.abs(prediction.disparity - expected)) < tolerance
 

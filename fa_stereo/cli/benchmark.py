@@ -15,6 +15,8 @@ from fa_stereo.config import INFERENCE_PRECISIONS, PRECISIONS
 from fa_stereo.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from fa_stereo.profiling import Task
 
 DESCRIPTION = """\
@@ -23,7 +25,7 @@ plainly (cost volume and upsampled scores stored, as the formulas read) and fast
 glibc told to keep freed memory (--tuned-allocator: in the plain path too). Every variant runs in a process of its own;
 the processes take turns; medians are reported.
 
-  time       median of the repetitions
+  time       median of the repetitions; speedups refer to the plain path in fp32, or as --speedup-over says
   pairs/s    of inference and training
   peak       largest memory: resident, of the whole process; on a GPU what PyTorch allocated
   extra      that, less what process, weights and inputs take
@@ -56,7 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--activation-checkpointing", action="store_true", help="in the fast training step")
     parser.add_argument("--precisions", default="fp32", metavar="LIST",
                         help="of the fast path: any of fp32,bf16,fp16,mixed")  # fmt: skip
-    parser.add_argument("--plain-precisions", default="fp32", metavar="LIST", help="of the plain path, fp32 first")
+    parser.add_argument("--plain-precisions", default="fp32", metavar="LIST",
+                        help="of the plain path: any of fp32,bf16,fp16, beginning with fp32")  # fmt: skip
+    parser.add_argument("--speedup-over", default="fp32", metavar="NAME",
+                        help="the precision of the plain path that speedups refer to (default fp32)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="also measure the fast path through torch.compile")
     parser.add_argument("--cuda-graph", action="store_true", help="also measure the network as a CUDA graph")
     parser.add_argument(
@@ -67,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--weights", metavar="NAME", help="bundled weights; by default fresh ones, of the full model")
     source.add_argument("--checkpoint", metavar="PATH", help="weights of your own (.safetensors or .pt)")
     parser.add_argument(
-        "--base-channels", type=int, default=32, metavar="C", help="width of a model with fresh weights"
+        "--base-channels", type=int, metavar="C", help="width of a model with fresh weights (default 32)"
     )
     parser.add_argument("--max-disparity", type=int, metavar="PX", help="search range, a multiple of 16")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
@@ -103,7 +108,8 @@ def main(argv: list[str]) -> int:
     with tqdm(total=runs, desc="benchmark", unit="run", disable=None) as progress:
         for tasks in groups:
             measurements = measure(tasks, arguments.repeats, environment, progress.update)
-            rows = compare(measurements, relative=tasks[0].part not in IN_PIXELS)
+            base = next((i for i, task in enumerate(tasks) if task.precision == arguments.speedup_over), 0)
+            rows = compare(measurements, relative=tasks[0].part not in IN_PIXELS, base=base)
             for task, row in zip(tasks, rows, strict=True):
                 if task.part in WITH_RATE:
                     row["pairs_per_second"] = task.samples / row["seconds"]
@@ -125,28 +131,24 @@ def plan(arguments: argparse.Namespace) -> list[list[Task]]:
         InputError: An option makes no sense.
     """
     from fa_stereo.inference import choose_device
-    from fa_stereo.profiling import PARTS, Task
-    from fa_stereo.weights import find_checkpoint
+    from fa_stereo.profiling import Task
 
-    if arguments.repeats < 1 or arguments.batch < 1 or arguments.training_batch < 1:
-        raise InputError("--repeats, --batch and --training-batch must be positive")
     device = choose_device(arguments.device)
-    if arguments.cuda_graph and device.type != "cuda":
-        raise InputError(f"--cuda-graph needs a GPU, but the device is {device}")
-    weights = named_weights(arguments)
+    parts = _parts(arguments)
+    _check(arguments, parts, device.type)
     common: dict[str, Any] = {
-        "weights": None if weights is None else str(find_checkpoint(weights, device)),
-        "base_channels": arguments.base_channels, "max_disparity": arguments.max_disparity,
-        "device": str(device), "threads": arguments.threads,
+        **_network(arguments, device), "max_disparity": arguments.max_disparity, "device": str(device),
+        "threads": arguments.threads,
     }  # fmt: skip
-    parts = PARTS if arguments.parts == "all" else _names(arguments.parts, PARTS, "--parts")
-    if arguments.pairs is None:
-        if arguments.parts != "all" and "pairs" in parts:
-            raise InputError("--parts pairs needs pictures: add --pairs LEFT RIGHT")
-        parts = tuple(part for part in parts if part != "pairs")
     groups = []
     for part in parts:
         variants = _variants(arguments, part)
+        if all(path == "plain" for path, _ in variants):
+            if arguments.parts == "all":
+                continue
+            raise InputError(
+                f"{part} is not measured in --precisions {arguments.precisions} on {device}: name another precision"
+            )
         checkpointing = part == "training_step" and arguments.activation_checkpointing
         groups += [
             [
@@ -158,6 +160,59 @@ def plan(arguments: argparse.Namespace) -> list[list[Task]]:
             for inputs in _inputs(arguments, part)
         ]
     return groups
+
+
+def _parts(arguments: argparse.Namespace) -> tuple[str, ...]:
+    from fa_stereo.profiling import PARTS
+
+    if arguments.parts == "all":
+        return tuple(part for part in PARTS if part != "pairs" or arguments.pairs)
+    parts = _names(arguments.parts, PARTS, "--parts")
+    if ("pairs" in parts) != (arguments.pairs is not None):
+        raise InputError("--parts pairs and --pairs LEFT RIGHT need each other: give both or neither")
+    return parts
+
+
+def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: str) -> None:
+    """Refuse what makes no sense, or would be ignored."""
+    from fa_stereo.profiling import COMPILED_PARTS
+
+    for option in ("repeats", "batch", "training_batch", "threads", "base_channels"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option.replace('_', '-')} must be positive, got {value}")
+    if arguments.max_disparity is not None and (arguments.max_disparity < 16 or arguments.max_disparity % 16):
+        raise InputError(f"--max-disparity must be a positive multiple of 16, got {arguments.max_disparity}")
+    if arguments.cuda_graph and device_type != "cuda":
+        raise InputError(f"--cuda-graph needs a GPU, but the device is {device_type}")
+    if arguments.compile and arguments.activation_checkpointing:
+        raise InputError("--compile and --activation-checkpointing do not go together: leave one out")
+    for wanted, option, where in (
+        (arguments.compile, "--compile", COMPILED_PARTS),
+        (arguments.cuda_graph, "--cuda-graph", ("network",)),
+        (arguments.activation_checkpointing, "--activation-checkpointing", ("training_step",)),
+    ):
+        if wanted and not {*where} & {*parts}:
+            raise InputError(f"{option} changes none of --parts {arguments.parts}: add one of {', '.join(where)}")
+    plain = _names(arguments.plain_precisions, PRECISIONS, "--plain-precisions")
+    if plain[0] != "fp32":
+        raise InputError(f"--plain-precisions begins with fp32, the reference, got {arguments.plain_precisions}")
+    if arguments.speedup_over not in plain:
+        raise InputError(f"--speedup-over must be one of --plain-precisions, got {arguments.speedup_over}")
+
+
+def _network(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return which network is measured."""
+    from fa_stereo.models.checkpoint import load_model
+    from fa_stereo.weights import find_checkpoint
+
+    weights = named_weights(arguments)
+    if weights is None:
+        return {"weights": None, "base_channels": arguments.base_channels or 32}
+    if arguments.base_channels is not None:
+        raise InputError("--base-channels is for fresh weights: leave it out, or the weights")
+    file = find_checkpoint(weights, device)
+    return {"weights": str(file), "base_channels": load_model(file).config.base_channels}
 
 
 def _variants(arguments: argparse.Namespace, part: str) -> list[tuple[str, str]]:

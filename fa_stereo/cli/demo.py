@@ -37,11 +37,11 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     sample = read_demo_pair()
     output = Path(arguments.output)
-    prepare_output_folder(output)
 
     from fa_stereo.sgbm import match_semi_global
 
     predictor = load_named_predictor(arguments)
+    prepare_output_folder(output)
     prediction = predictor(sample.left, sample.right)
     start = time.perf_counter()
     matched = match_semi_global(sample.left, sample.right)  # in its own range, whatever the network's is

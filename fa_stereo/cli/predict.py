@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fa_stereo.errors import InputError, RangeError
+from fa_stereo.weights import list_weights
 
 if TYPE_CHECKING:
     from fa_stereo.data.pairs import PicturePair
@@ -62,7 +63,8 @@ def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--weights",
         metavar="NAME",
-        help="bundled weights, small or full, or a file (default: full on a GPU, else small)",
+        help=f"bundled weights ({', '.join(list_weights())}) or a file (default: on a GPU the largest bundled, else "
+        "small)",
     )
     source.add_argument("--checkpoint", metavar="PATH", help="a file of your own (.safetensors or .pt)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
@@ -84,7 +86,8 @@ def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory",
         type=float,
         metavar="GB",
-        help="tile so that a pair takes about this much memory at most, besides the process itself (0.6 GB)",
+        help="tile so that a pair takes about this much memory at most, besides the process itself (0.6 GB); "
+        "calibrated on CPUs",
     )
     parser.add_argument(
         "--compile", action="store_true",
@@ -93,7 +96,7 @@ def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--cuda-graph", action="store_true",
-        help="on a GPU, for many pictures of one size: launch all of the network at once instead of bit by bit",
+        help="on a GPU, for many whole pictures of one size: launch all of the network at once, not bit by bit",
     )  # fmt: skip
 
 
@@ -110,12 +113,11 @@ def main(argv: list[str]) -> int:
     if single_file:
         outputs = {pairs[0].name: {single_file: single_file.suffix.lower()[1:]}}
     check_outputs(pairs, outputs)
-    prepare_output_folder(folder)
-
     predictor = load_named_predictor(arguments)
     if len(pairs) > 1:
+        prepare_output_folder(folder)
         return _predict_many(predictor, pairs, folder, outputs)
-    _predict_one(predictor, pairs[0], outputs[pairs[0].name])
+    _predict_one(predictor, pairs[0], folder, outputs[pairs[0].name])
     return 0
 
 
@@ -220,10 +222,12 @@ def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
     Raises:
         InputError: An option is refused, or there are no such weights.
     """
-    from fa_stereo.inference import load_predictor
+    from fa_stereo.inference import choose_device, load_predictor
     from fa_stereo.machine import compute_float32_in_full
     from fa_stereo.memory import keep_freed_memory
 
+    if arguments.cuda_graph and (device := choose_device(arguments.device)).type != "cuda":
+        raise InputError(f"--cuda-graph needs a GPU, but the device is {device}: leave it out")
     compute_float32_in_full()
     keep_freed_memory(whole=False)
     return load_predictor(
@@ -239,11 +243,12 @@ def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
     )
 
 
-def _predict_one(predictor: DisparityPredictor, pair: PicturePair, outputs: dict[Path, str]) -> None:
+def _predict_one(predictor: DisparityPredictor, pair: PicturePair, folder: Path, outputs: dict[Path, str]) -> None:
     from fa_stereo.data.formats import read_picture_pair
     from fa_stereo.rectification import judge_pair
 
     left, right = read_picture_pair(pair.left_path, pair.right_path)
+    prepare_output_folder(folder)
     judgement = judge_pair(left, right)
     for sentence in judgement.warnings if judgement else []:
         print(f"warning: {pair.name}: {sentence}", file=sys.stderr)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _EDGE = (-2, -1, 0, 1)
 """Values of delta = x - d at which some but not all taps of the left half survive."""
@@ -158,6 +159,7 @@ class _Assemble(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Any:
         *shapes, channels = ctx.shapes
         disparities, width = grad.shape[2], grad.shape[4]

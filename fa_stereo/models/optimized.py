@@ -8,7 +8,6 @@ upsampled volume (``regression``).
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 """Of the cost volume and what is computed from it."""
 
 
-def optimize_for_inference(model: PSMNet, precision: str = "fp32", max_disparity: int | None = None) -> PSMNet:
+def optimize_for_inference(model: PSMNet, precision: str = "fp32") -> PSMNet:
     """Return a copy of a network that predicts the same faster; the original is left alone.
 
     Batch norm is folded into the convolutions and their weights are put into channels_last order, which makes every
@@ -34,22 +33,18 @@ def optimize_for_inference(model: PSMNet, precision: str = "fp32", max_disparity
     Args:
         model: The network; its parameters are float32.
         precision: fp32, bf16, fp16 or mixed.
-        max_disparity: Search up to this many pixels (exclusive, a multiple of 16) instead of the model's own range.
 
     Returns:
         A network in eval mode whose ``forward`` takes float32 pictures and returns float32 disparity, like the
         model's own. It cannot be trained, and its state dict is not the model's.
 
     Raises:
-        InputError: The precision is unknown, or ``max_disparity`` no positive multiple of 16.
+        InputError: The precision is unknown.
     """
     if precision not in INFERENCE_PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(INFERENCE_PRECISIONS)}, got {precision!r}")
     fast = copy.deepcopy(model).requires_grad_(False)
     fast.plain = False
-    if max_disparity is not None:
-        # No parameter depends on the range: only the depth of the cost volume does.
-        fast.config = dataclasses.replace(fast.config, max_disparity=max_disparity)
     for module in list(fast.modules()):
         if isinstance(module, ConvNorm2d | ConvNorm3d | DeconvNorm3d):
             fold_batch_norm(module)
@@ -74,6 +69,13 @@ def cpu_computes_bfloat16() -> bool:
         getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
         or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     )
+
+
+def computes_in_hardware(precision: str, device: torch.device) -> bool:
+    """Tell whether a device has hardware for a precision; a CPU without it is far slower than in fp32."""
+    if device.type != "cpu" or precision == "fp32":
+        return True
+    return cpu_computes_float16() if precision == "fp16" else cpu_computes_bfloat16()
 
 
 def prepare_for_training(model: PSMNet) -> PSMNet:

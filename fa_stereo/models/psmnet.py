@@ -5,6 +5,7 @@ Legend: B batch, H x W picture in pixels, c base channels (32), D maximum dispar
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -111,6 +112,17 @@ class PSMNet(nn.Module):
             for scores in logits
         )
         return StereoOutput(disparities, tuple(logits)) if self.training else disparities[-1]
+
+    def set_max_disparity(self, max_disparity: int) -> None:
+        """Search another range: no parameter depends on it, only the depth of the cost volume does.
+
+        Args:
+            max_disparity: In pixels (exclusive).
+
+        Raises:
+            InputError: It is no positive multiple of 16.
+        """
+        self.config = dataclasses.replace(self.config, max_disparity=max_disparity)
 
     def extract_features(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Return matching features [B, c, H/4, W/4] of both views [B, 3, H, W], whose sizes are multiples of 16."""

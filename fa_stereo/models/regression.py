@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _BAND_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Scores [b, D/4, W] in one band; on the CPU for each thread: few enough for a cache, enough to be worth a call."""
@@ -44,7 +45,8 @@ def regress_disparity(logits: Tensor, max_disparity: int, height: int, width: in
     """Upsample scores to full resolution, take the softmax over disparity and its expectation.
 
     ``disparity[y, x] = sum_d d softmax_d(upsampled[d, y, x])``; higher scores mean better matches. The same function
-    as ``regress_disparity_reference``, without the volume.
+    as ``regress_disparity_reference``, without the volume. It has a first derivative alone: asked for a second one
+    (``create_graph=True``), PyTorch refuses.
 
     Args:
         logits: Scores [B, D/4, H/4, W/4].
@@ -77,7 +79,10 @@ def _triton_regression(device: torch.device) -> Callable[..., Tensor] | None:
         with torch.inference_mode(False), torch.enable_grad():  # the backward kernel must work, too
             matrix = torch.tensor([[1.0], [1.0]], device=device)
             logits = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
-            TritonRegression.apply(logits, matrix, matrix, matrix).sum().backward()
+            disparity = TritonRegression.apply(logits, matrix, matrix, matrix)  # 0 and 1 px, equally likely
+            disparity.sum().backward()
+            if not (disparity == 0.5).all():
+                raise RuntimeError(f"the mean of 0 and 1 came out as {disparity.flatten()[0]:g}")
     except ImportError:
         return None
     except Exception as error:  # whatever a compiler and a driver that do not fit each other come up with
@@ -110,6 +115,7 @@ class _Regression(torch.autograd.Function):
         return disparity
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, disparity = ctx.saved_tensors
         with torch.autocast(logits.device.type, enabled=False):

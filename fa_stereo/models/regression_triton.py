@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _BLOCK_COLUMNS = 128
 
@@ -40,7 +41,8 @@ class TritonRegression(torch.autograd.Function):
         return disparity
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         """Return the gradient of the scores."""
         logits, disparity, log_sum, depth_matrix, row_matrix, column_matrix = ctx.saved_tensors
         batch, depths, rows, columns = logits.shape
@@ -54,7 +56,8 @@ class TritonRegression(torch.autograd.Function):
                 *_readers(depth_matrix), *_readers(row_matrix),
                 depths, rows, columns, height, width, BLOCK=_BLOCK_COLUMNS,
             )  # fmt: skip
-        return grad_columns @ column_matrix, None, None, None  # [B, D/4, H/4, W] -> [B, D/4, H/4, W/4]
+        with torch.autocast(logits.device.type, enabled=False):
+            return grad_columns @ column_matrix, None, None, None  # [B, D/4, H/4, W] -> [B, D/4, H/4, W/4]
 
 
 def _taps(matrix: Tensor) -> tuple[Tensor, Tensor]:

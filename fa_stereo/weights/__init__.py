@@ -69,6 +69,8 @@ def find_checkpoint(weights: str | os.PathLike[str] | None, device: torch.device
         return find_weights(default_weights(device.type))
     if isinstance(weights, str) and weights in WEIGHT_NAMES:
         return find_weights(weights)
+    if not isinstance(weights, str) and not os.path.exists(weights):
+        raise InputError(f"{os.fspath(weights)}: no such checkpoint file (bundled weights are named by --weights)")
     if not os.path.exists(weights):
         bundled = ", ".join(list_weights()) or "none"
         raise InputError(f"{os.fspath(weights)}: neither a checkpoint file nor bundled weights (bundled: {bundled})")

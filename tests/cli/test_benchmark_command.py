@@ -36,6 +36,20 @@ def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["benchmark.json", "benchmark.png"]
 
 
+def test_the_network_of_a_file_and_the_base_of_speedups(checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--parts", "regression,network", "--checkpoint", str(checkpoint), "--max-disparity", "16", "--sizes",
+               "32x64", "--plain-precisions", "fp32,bf16", "--speedup-over", "bf16", "--repeats", "1", "--threads", "1",
+               "--device", "cpu", "-o", str(tmp_path)]  # fmt: skip
+    assert main(["benchmark", *options]) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert {row["base_channels"] for row in rows} == {8}
+    network = {(row["path"], row["precision"]): row for row in rows if row["part"] == "network"}
+    assert network["plain", "bf16"]["speedup"] == 1
+    assert network["plain", "fp32"]["largest_deviation"] == 0
+    regression = [row for row in rows if row["part"] == "regression"]
+    assert [row["speedup"] == 1 for row in regression] == [True, False]  # there is no other plain one
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -43,9 +57,21 @@ def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--sizes", "544"], "a size is HEIGHTxWIDTH"),
         (["--sizes", "50x64"], "the height must be a positive multiple of 16, got 50"),
         (["--precisions", "int8"], "--precisions takes any of fp32,bf16,fp16,mixed"),
-        (["--repeats", "0"], "must be positive"),
-        (["--weights", "huge"], "neither a checkpoint file nor bundled weights"),
-        (["--max-disparity", "20", "--parts", "network"], "multiple of 16"),
+        (["--repeats", "0"], "--repeats must be positive, got 0"),
+        (["--threads", "0"], "--threads must be positive, got 0"),
+        (["--base-channels", "-4"], "--base-channels must be positive, got -4"),
+        (["--max-disparity", "20", "--parts", "network"], "--max-disparity must be a positive multiple of 16"),
+        (["--parts", "pairs"], "--parts pairs and --pairs LEFT RIGHT need each other"),
+        (["--parts", "network", "--pairs", "a", "b"], "--parts pairs and --pairs LEFT RIGHT need each other"),
+        (["--parts", "training_step", "--precisions", "fp16"], "training_step is not measured in --precisions fp16"),
+        (["--parts", "features", "--precisions", "mixed"], "features is not measured in --precisions mixed"),
+        (["--parts", "regression", "--compile"], "--compile changes none of --parts regression"),
+        (["--parts", "network", "--activation-checkpointing"], "--activation-checkpointing changes none of"),
+        (["--compile", "--activation-checkpointing"], "do not go together"),
+        (["--cuda-graph"], "--cuda-graph needs a GPU"),
+        (["--plain-precisions", "bf16"], "--plain-precisions begins with fp32"),
+        (["--speedup-over", "bf16"], "--speedup-over must be one of --plain-precisions"),
+        (["--weights", "small"], "--base-channels is for fresh weights"),
     ],
 )
 def test_unusable_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

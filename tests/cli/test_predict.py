@@ -242,6 +242,11 @@ def test_tiles_and_scale(tmp_path: Path, checkpoint: Path, capsys: pytest.Captur
     assert half.shape == whole.shape
     assert not np.allclose(half, whole, atol=0.01)
     capsys.readouterr()
-    for wrong, message in ((("--tile", "50"), "multiple of 16"), (("--scale", "-1"), "scale must be positive")):
+    for wrong, message in (
+        (("--tile", "50"), "multiple of 16"),
+        (("--scale", "-1"), "scale must be positive"),
+        (("--scale", "1e8"), "too large: choose a smaller scale"),
+        (("--cuda-graph", "--device", "cpu"), "--cuda-graph needs a GPU"),
+    ):
         assert predict(*pair, *wrong, *options, tmp_path / "x.npy") == 2
         assert message in capsys.readouterr().err

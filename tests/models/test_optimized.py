@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import random_networks
 import torch
@@ -90,11 +92,13 @@ def test_another_range_of_disparities() -> None:
     wide = tiny(max_disparity=64)
     wide.load_state_dict(model.state_dict())
     with torch.inference_mode():
-        result = optimize_for_inference(model, max_disparity=64)(left, right)
+        network = copy.deepcopy(model)
+        network.set_max_disparity(64)
+        result = optimize_for_inference(network)(left, right)
         torch.testing.assert_close(result, wide(left, right), atol=1e-3, rtol=0)
     assert model.config.max_disparity == 32
     with pytest.raises(InputError, match="multiple of 16"):
-        optimize_for_inference(model, max_disparity=50)
+        model.set_max_disparity(50)
     with pytest.raises(InputError, match="precision must be one of"):
         optimize_for_inference(model, "int8")
 
