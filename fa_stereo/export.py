@@ -6,6 +6,7 @@ trained, and from what they started. A checkpoint holds all of it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fa_stereo.sampling import StepSampler, TrainingStream, make_loader
 
 _NEEDED = {"model_config", "model", "config", "step", "samples", "validation"}
 _CURVE = ("step", "end_point_error", "bad_1", "bad_3")
+_KINDS_WITH_SETTINGS = ("rendered", "scene_flow")
 _PATHS = ("output_dir", "root", "init_from", "resume", "unused_files")
 
 
@@ -36,18 +38,23 @@ def training_record(state: Mapping[str, Any]) -> dict[str, Any]:
             it is known, ``history``, ``seconds``, ``machines`` and ``started_from``.
 
     Returns:
-        Optimizer ``steps``, ``samples_seen`` and ``epochs``; the number of ``training_pairs``; ``precision``; whether
-        the weights are ``averaged``; ``hours`` and ``machines``; the last ``validation`` and all of them
-        (``validation_curve``: step, EPE in px, bad-1 and bad-3 in %); every setting by its full key (``training``);
-        and the same of the weights it ``started_from``. What is not known is None; folders are left out.
+        Optimizer ``steps``, ``samples_seen`` and ``epochs``; ``samples_seen_in_all``, those of the weights it started
+        from included; the number of ``training_pairs`` and, of pairs that ``fa-stereo render`` wrote, how they were
+        rendered (``rendered_pairs``); ``precision``; whether the weights are ``averaged``; ``hours`` and ``machines``;
+        the last ``validation`` and all of them (``validation_curve``: step, EPE in px, bad-1 and bad-3 in %); every
+        setting by its full key (``training``); and the same of the weights it ``started_from``. What is not known is
+        None; folders are left out.
     """
     trainer, steps, seconds = state["config"]["trainer"], state["step"], state.get("seconds")
+    earlier = state.get("started_from")
     samples = steps * trainer["batch_size"]
     return {
         "steps": steps,
         "samples_seen": samples,
+        "samples_seen_in_all": samples + samples_seen(earlier),
         "epochs": samples / state["samples"],
         "training_pairs": state["samples"],
+        "rendered_pairs": _how_rendered(state["config"]["data"]["train"]),
         "precision": trainer["precision"],
         "averaged": trainer["ema_decay"] > 0,
         "hours": None if seconds is None else float(f"{seconds / 3600:.3g}"),
@@ -55,8 +62,25 @@ def training_record(state: Mapping[str, Any]) -> dict[str, Any]:
         "validation": state["validation"],
         "validation_curve": [[line.get(key) for key in _CURVE] for line in state.get("history", [])],
         "training": without_paths(state["config"]),
-        "started_from": state.get("started_from"),
+        "started_from": earlier,
     }
+
+
+def samples_seen(record: Mapping[str, Any] | None) -> int:
+    """Return the samples that weights with this record have seen, those they started from included."""
+    if not record:
+        return 0
+    return int(record.get("samples_seen", 0)) + samples_seen(record.get("started_from"))
+
+
+def _how_rendered(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the settings that lie beside rendered pairs on disk."""
+    from fa_stereo.data.rendered import settings_file  # the renderer is no part of reading weights
+
+    if data.get("kind") != "scene_flow" or data.get("root") is None:
+        return None
+    file = settings_file(Path(data["root"]), data["split"])
+    return dict(json.loads(file.read_text())) if file.is_file() else None
 
 
 def find_record(path: str | Path) -> dict[str, Any]:
@@ -72,8 +96,18 @@ def find_record(path: str | Path) -> dict[str, Any]:
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration by full key, without the folders of somebody's machine: weights travel."""
-    return {key: value for key, value in flatten(config).items() if key.rpartition(".")[2] not in _PATHS}
+    """Return a configuration by full key, without what does not count.
+
+    That is the folders of somebody's machine, as weights travel, and settings of another kind of data than was used.
+    """
+    flat = flatten(config)
+
+    def counts(key: str) -> bool:
+        *data, part = key.split(".")[:3]
+        of_a_kind = key.count(".") > 2 and data[:1] == ["data"] and part in _KINDS_WITH_SETTINGS
+        return key.rpartition(".")[2] not in _PATHS and not (of_a_kind and flat.get(f"{'.'.join(data)}.kind") != part)
+
+    return {key: value for key, value in flat.items() if counts(key)}
 
 
 def export_weights(

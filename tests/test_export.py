@@ -13,7 +13,7 @@ from training_runs import tiny_config, write_pairs
 from fa_stereo.cli.main import main
 from fa_stereo.config import DataConfig, from_plain
 from fa_stereo.errors import InputError
-from fa_stereo.export import export_weights, find_record, training_batches
+from fa_stereo.export import export_weights, find_record, training_batches, training_record, without_paths
 from fa_stereo.models.batch_norm import reestimate_batch_norm
 from fa_stereo.models.checkpoint import load_model, read_record, read_torch_file
 from fa_stereo.training import Trainer
@@ -72,7 +72,8 @@ def test_the_file_describes_itself(run: Path, pairs: Path, tmp_path: Path) -> No
     assert [line[0] for line in record["validation_curve"]] == [2, 3, 4, 6]
     assert record["validation_curve"][-1][1] == record["validation"]["end_point_error"]
     assert record["training"]["optimizer.learning_rate"] == 2e-3
-    assert record["started_from"] is None
+    assert not [key for key in record["training"] if ".rendered." in key]  # the pairs are on disk
+    assert (record["samples_seen_in_all"], record["rendered_pairs"], record["started_from"]) == (24, None, None)
     assert str(pairs.parent) not in json.dumps(record)  # folders are nobody's business
     # the run's own last weights have the same record
     assert {**read_record(run / "weights.safetensors"), "hours": 0} == {**find_record(run / "last.pt"), "hours": 0}
@@ -85,7 +86,20 @@ def test_what_the_weights_started_from_is_on_record(run: Path, pairs: Path, tmp_
         record = export_weights(folder, tmp_path / "w.safetensors")
         assert record["steps"] == 1
         assert record["started_from"]["steps"] == 6
+        assert record["samples_seen_in_all"] == 24 + record["samples_seen"]
         assert record["started_from"]["validation"] == find_record(start)["validation"]
+
+
+def test_how_pairs_on_disk_were_rendered_is_on_record(tmp_path: Path) -> None:
+    assert main(["render", str(tmp_path), "--samples", "2", "--height", "32", "--width", "64", "--seed", "5",
+                 "--max-disparity", "16", "--option", "thin=0.5"]) == 0  # fmt: skip
+    data = {"kind": "scene_flow", "root": str(tmp_path), "split": "train"}
+    state = {"config": {"data": {"train": data}, "trainer": {"batch_size": 2, "precision": "fp32", "ema_decay": 0}},
+             "step": 3, "samples": 2, "validation": {}}  # fmt: skip
+    rendered = training_record(state)["rendered_pairs"]
+    assert (rendered["seed"], rendered["thin"], rendered["height"]) == (5, 0.5, 32)
+    rendered_on_the_fly = {"data": {"train": {"kind": "rendered", "rendered": {"seed": 3}, "scene_flow": {"sets": []}}}}
+    assert without_paths(rendered_on_the_fly) == {"data.train.kind": "rendered", "data.train.rendered.seed": 3}
 
 
 def test_batch_norm_is_estimated_anew_over_the_runs_own_data(run: Path, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
-"""README: its commands exist and are understood, its Python runs, and its demo row is what the demo prints."""
+"""README and its like: their commands are understood, the Python runs, demo row and picture are what the demo gives."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from fa_stereo.cli.demo import main as demo
 from fa_stereo.cli.demo import measure, read_demo_pair
 from fa_stereo.cli.hydra_entry import find_conf_dir
 from fa_stereo.cli.main import COMMANDS
@@ -24,35 +28,59 @@ from fa_stereo.inference import load_predictor
 from fa_stereo.models.checkpoint import save_weights
 from fa_stereo.models.psmnet import build_model
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [REPOSITORY / name for name in ("README.md", "data/README.md", "fa_stereo/weights/README.md")]
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
 def commands() -> list[list[str]]:
-    """Return every command line of README that begins with fa-stereo, in blocks and in running text."""
-    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S))
-    lines = [line for line in blocks.splitlines() if line.startswith("fa-stereo ")]
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
-    lines += [" ".join(code.split()) for code in re.findall(r"`(fa-stereo [^`]+)`", prose)]
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    """Return every command line that begins with fa-stereo, in blocks, in running text, and at the head of a recipe."""
+    lines = []
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        blocks = "\n".join(re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.M | re.S))
+        lines += blocks.replace("\\\n", " ").splitlines()
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        lines += [" ".join(code.split()) for code in re.findall(r"`(fa-stereo [^`]+)`", prose)]
+    for recipe in sorted(REPOSITORY.glob("conf/experiment/*.yaml")):
+        comments = "\n".join(re.findall(r"^# *(.*)$", recipe.read_text(encoding="utf-8"), re.M))
+        lines += comments.replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fa-stereo ")]
+    return list(dict.fromkeys(map(tuple, split)))  # type: ignore[arg-type]
 
 
 def test_there_are_commands_and_snippets_to_test() -> None:
-    assert len(commands()) > 15
+    assert len(commands()) > 40
     assert len(PYTHON) == 2
 
 
+class _Parsed(Exception):
+    """The command line was understood."""
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_commands_are_understood(command: list[str]) -> None:
+def test_commands_are_understood(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     name, *arguments = command
     assert name in COMMANDS
-    if name not in ("train", "evaluate") or "compare" in arguments or {"-m", "--help"} & set(arguments):
+    if not arguments or {"-m", "--help", "..."} & set(arguments):
+        return
+    if name not in ("train", "evaluate") or "compare" in arguments:
+        parse = argparse.ArgumentParser.parse_args
+
+        def only_parse(parser: argparse.ArgumentParser, *given: Any) -> None:
+            parse(parser, *given)
+            raise _Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+        with pytest.raises(_Parsed):
+            importlib.import_module(COMMANDS[name][0]).main(arguments)
         return
     schema = TrainConfig if name == "train" else EvaluateConfig
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("started", lambda pattern: "now", replace=True)
     with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
-        composed = compose(name, [_expand_alias(argument) for argument in arguments if argument != "..."])
+        composed = compose(name, [_expand_alias(argument) for argument in arguments])
     plain: Any = OmegaConf.to_container(composed, resolve=True)
     from_plain(schema, plain)
 
@@ -103,3 +131,14 @@ def test_the_demo_row_is_measured() -> None:
     error, _, bad_3 = measure(disparity, pair)
     assert stated[0] == pytest.approx(error, abs=0.011)
     assert stated[1] == pytest.approx(bad_3, abs=0.11)
+
+
+def test_the_demo_picture_is_what_the_demo_draws(tmp_path: Path) -> None:
+    assert demo(["--device", "cpu", "--precision", "fp32", "-o", str(tmp_path)]) == 0
+    drawn = cv2.imread(str(tmp_path / "side_by_side.png"))
+    shown = cv2.imread(str(REPOSITORY / "data" / "pictures" / "demo.jpg"))
+    assert drawn is not None
+    assert shown is not None
+    drawn = cv2.resize(drawn, shown.shape[1::-1], interpolation=cv2.INTER_AREA)
+    # JPEG and another processor's rounding move it a little; other weights move the maps and the figures above them.
+    assert np.abs(drawn.astype(int) - shown).mean() < 4

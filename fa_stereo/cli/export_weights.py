@@ -87,7 +87,7 @@ def summary(record: dict[str, Any]) -> str:
     for key, value in record.items():
         if key == "validation_curve":
             value = f"{len(value)} validations" if value else None
-        elif key in ("training", "started_from") and value is not None:
+        elif key in ("training", "rendered_pairs", "started_from") and value is not None:
             value = f"{len(value)} entries"
         elif key == "validation":
             value = ", ".join(f"{name} {figure:.4g}" for name, figure in value.items()) or None

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fa_stereo.config import RenderConfig, to_plain
 from fa_stereo.data.formats import write_bytes
-from fa_stereo.data.rendered import LARGEST_SET, RenderedPairs, frame_files, write_frame
+from fa_stereo.data.rendered import LARGEST_SET, RenderedPairs, frame_files, settings_file, write_frame
 from fa_stereo.errors import InputError
 
 FLAGS = ("samples", "height", "width", "seed", "max_disparity", "difficulty")
@@ -94,7 +94,7 @@ def _config(arguments: argparse.Namespace) -> RenderConfig:
 
 def _record(root: Path, split: str, config: RenderConfig) -> None:
     """Leave the configuration beside the pairs, and refuse to mix two of them in one folder."""
-    path = root / f"rendered_{split.lower()}.json"
+    path = settings_file(root, split)
     settings = to_plain(config)
     del settings["samples"]  # more of the same may be added later
     if path.exists():

@@ -122,6 +122,11 @@ def frame_files(root: Path, split: str, index: int) -> tuple[Path, Path, Path, P
     )
 
 
+def settings_file(root: Path, split: str) -> Path:
+    """Return the file that holds how the pairs of a split were rendered, a ``RenderConfig`` as JSON."""
+    return root / f"rendered_{split.lower()}.json"
+
+
 def write_frame(sample: StereoSample, root: Path, split: str, index: int) -> None:
     """Write pictures and disparities of a pair, each file whole or not at all.
 

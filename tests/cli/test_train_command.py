@@ -13,6 +13,7 @@ import torch
 import yaml
 from training_runs import command_line, environment, write_pairs
 
+from fa_stereo.cli.hydra_entry import find_conf_dir
 from fa_stereo.cli.main import main
 from fa_stereo.config import RenderConfig
 from fa_stereo.data.formats import write_pfm, write_picture
@@ -204,5 +205,7 @@ def test_help_shows_groups_and_keys(capfd: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     assert left.value.code == 0
     text = capfd.readouterr().out
-    assert "experiment: " in text
     assert "batch_size: 24" in text
+    for group in ("model", "attention", "data", "optimizer", "schedule", "trainer", "experiment"):
+        options = sorted(path.stem for path in (find_conf_dir() / group).glob("*.yaml"))
+        assert f"\n{group}: {', '.join(options)}\n" in text
