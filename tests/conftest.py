@@ -36,6 +36,12 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each kind of device that is there."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a network of 8 channels and 32 disparities that has learnt nothing."""

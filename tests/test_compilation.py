@@ -123,20 +123,17 @@ def test_whole_parts_are_compiled_and_copies_are_not(monkeypatch: pytest.MonkeyP
     assert len(calls) == found  # the same size again
 
 
-def test_inductor_computes_the_same_features() -> None:
-    """The real compiler, on the smaller half of the network: it takes its time."""
+def test_inductor_computes_the_same_disparity() -> None:
+    """The real compiler, in inference and on the variant with fewer convolutions: it takes its time."""
     try:
         check_compiler(torch.device("cpu"))
     except InputError as error:
         pytest.skip(str(error))
-    model = optimize_for_inference(tiny().eval())
+    model = optimize_for_inference(tiny(aggregation="basic").eval())
+    compiled = compile_network(copy.deepcopy(model))
     views = torch.randn(2, 1, 3, 32, 32)
     with torch.inference_mode():
-        expected = model.extract_features(*views)
-        model.features.compile(dynamic=False)
-        found = model.extract_features(*views)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(compiled(*views), model(*views), atol=1e-3, rtol=0)
 
 
 def test_a_missing_compiler_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:

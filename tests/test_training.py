@@ -22,6 +22,7 @@ import fa_stereo.training
 from fa_stereo.config import DatasetConfig, ModelConfig, OptimizerConfig, ProtocolConfig
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import evaluate
+from fa_stereo.machine import compute_float32_in_full
 from fa_stereo.models.checkpoint import load_model, read_record, save_weights
 from fa_stereo.models.psmnet import build_model
 from fa_stereo.training import Trainer, TrainingError, WeightAverage, build_optimizer
@@ -389,3 +390,20 @@ def test_cuda_that_is_not_there(pairs: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"trainer\.device=cuda, but PyTorch finds no CUDA device"):
         Trainer(tiny_config(pairs, tmp_path, trainer__device="cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.1), ("fp16", 0.1)])
+def test_steps_on_a_gpu(pairs: Path, tmp_path: Path, precision: str, tolerance: float) -> None:
+    """Pinned batches, loss scaling, kernels: the first loss is the CPU's, and a run of steps ends."""
+    compute_float32_in_full()
+    losses = []
+    for device, chosen in (("cpu", "fp32"), ("cuda", precision)):
+        trainer = Trainer(tiny_config(pairs, tmp_path / device, trainer__device=device, trainer__precision=chosen))
+        losses.append(trainer.train_step(first_batch(trainer))["loss/total"])
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+    config = tiny_config(
+        pairs, tmp_path / "run", trainer__device="cuda", trainer__precision=precision, trainer__max_steps=3,
+        trainer__ema_decay=0.5, trainer__activation_checkpointing=True,
+    )  # fmt: skip
+    assert Trainer(config).run().finished

@@ -11,19 +11,19 @@ from fa_stereo.models.psmnet import build_model
 from fa_stereo.models.recomputation import recompute
 
 
-def step(aggregation: str, checkpointing: bool, frozen: bool = False) -> tuple[list[Tensor], dict, dict]:
+def step(aggregation: str, checkpointing: bool, frozen: bool, device: str) -> tuple[list[Tensor], dict, dict]:
     torch.manual_seed(0)
     attention = AttentionConfig(key_channels=8)
     model = build_model(
         ModelConfig(base_channels=8, max_disparity=32, attention=attention, aggregation=aggregation)
     ).double()
-    model.train()
+    model.train().to(device)
     if frozen:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
                 module.eval()
     model.activation_checkpointing = checkpointing
-    left, right = torch.randn(2, 2, 3, 32, 64, dtype=torch.float64)
+    left, right = torch.randn(2, 2, 3, 32, 64, dtype=torch.float64, device=device)
     output = model(left, right)
     sum(disparity.square().mean() for disparity in output.disparities).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -32,10 +32,10 @@ def step(aggregation: str, checkpointing: bool, frozen: bool = False) -> tuple[l
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("aggregation", ["stacked_hourglass", "basic"])
-def test_the_same_step(aggregation: str, frozen: bool) -> None:
+def test_the_same_step(aggregation: str, frozen: bool, device: str) -> None:
     """Statistics above all: each batch counts once, although it is normalised twice."""
-    outputs, gradients, state = step(aggregation, False, frozen)
-    checkpointed_outputs, checkpointed_gradients, checkpointed_state = step(aggregation, True, frozen)
+    outputs, gradients, state = step(aggregation, False, frozen, device)
+    checkpointed_outputs, checkpointed_gradients, checkpointed_state = step(aggregation, True, frozen, device)
     for ours, expected in zip(checkpointed_outputs, outputs, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
     for name, expected in gradients.items():

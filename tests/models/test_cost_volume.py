@@ -34,12 +34,12 @@ SIZES = [
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_convolution_without_the_volume(size: tuple[int, ...], with_bias: bool) -> None:
+def test_convolution_without_the_volume(size: tuple[int, ...], with_bias: bool, device: str) -> None:
     batch, channels, outputs, height, width, disparities = size
-    left = torch.randn(batch, channels, height, width, dtype=torch.float64, requires_grad=True)
-    right = torch.randn_like(left, requires_grad=True)
-    weight = torch.randn(outputs, 2 * channels, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(outputs, dtype=torch.float64, requires_grad=True) if with_bias else None
+    kind = {"dtype": torch.float64, "device": device, "requires_grad": True}
+    left, right = (torch.randn(batch, channels, height, width, **kind) for _ in range(2))
+    weight = torch.randn(outputs, 2 * channels, 3, 3, 3, **kind)
+    bias = torch.randn(outputs, **kind) if with_bias else None
     expected = convolve_cost_volume_reference(left, right, weight, disparities, bias)
     result = convolve_cost_volume(left, right, weight, disparities, bias)
     torch.testing.assert_close(result, expected, atol=1e-12, rtol=0)
@@ -53,7 +53,7 @@ def test_convolution_without_the_volume(size: tuple[int, ...], with_bias: bool) 
 
 
 @pytest.mark.parametrize("arrange", ["channels_last", "sliced", "transposed"])
-def test_convolution_takes_any_memory(arrange: str) -> None:
+def test_convolution_takes_any_memory(arrange: str, device: str) -> None:
     def arranged(x: Tensor) -> Tensor:
         if arrange == "channels_last":
             return x.contiguous(memory_format=torch.channels_last)
@@ -61,14 +61,15 @@ def test_convolution_takes_any_memory(arrange: str) -> None:
             return torch.stack([x, -x], dim=-1)[..., 0]
         return x.transpose(2, 3).contiguous().transpose(2, 3)
 
-    left, right = (torch.randn(2, 3, 6, 11, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    weight = torch.randn(4, 6, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    kind = {"dtype": torch.float64, "device": device, "requires_grad": True}
+    left, right = (torch.randn(2, 3, 6, 11, **kind) for _ in range(2))
+    weight = torch.randn(4, 6, 3, 3, 3, **kind)
     kernel = weight.contiguous(memory_format=torch.channels_last_3d) if arrange == "channels_last" else weight
     result = convolve_cost_volume(arranged(left), arranged(right), kernel, 4)
     expected = convolve_cost_volume_reference(left, right, weight, 4)
     torch.testing.assert_close(result, expected, atol=1e-12, rtol=0)
 
-    upstream = torch.randn(*expected.shape[:3], 11, 6, dtype=torch.float64).transpose(3, 4)
+    upstream = torch.randn(*expected.shape[:3], 11, 6, dtype=torch.float64, device=device).transpose(3, 4)
     inputs = (left, right, weight)
     for ours, plain in zip(
         torch.autograd.grad(result, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True

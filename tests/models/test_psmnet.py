@@ -92,13 +92,14 @@ def test_unusable_inputs() -> None:
         ({"attention_slots": list(ATTENTION_SLOTS)}, (32, 64)),
     ],
 )
-def test_default_path_equals_the_plain_one(changes: dict, size: tuple[int, int], training: bool) -> None:
+def test_default_path_equals_the_plain_one(changes: dict, size: tuple[int, int], training: bool, device: str) -> None:
     """The cost volume and the score volume are never stored, and nothing changes: values and gradients in float64."""
     model = build_model(tiny(**changes)).double().train(training)
-    randomize(model)
+    randomize(model).to(device)
     # views as of pictures [H, W, 3], cut out of wider ones
-    left, right = torch.randn(2, 2, size[0], size[1] + 5, 3, dtype=torch.float64)[..., 5:, :].movedim(-1, -3)
-    upstream = torch.randn(2, *size, dtype=torch.float64)
+    wider = torch.randn(2, 2, size[0], size[1] + 5, 3, dtype=torch.float64, device=device)
+    left, right = wider[..., 5:, :].movedim(-1, -3)
+    upstream = torch.randn(2, *size, dtype=torch.float64, device=device)
     results = []
     for plain in (True, False):
         model.plain = plain

@@ -36,11 +36,12 @@ SIZES = [
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("size", SIZES)
 def test_bands_equal_the_volume(
-    size: tuple[int, ...], align_corners: bool, band_elements: int, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, ...], align_corners: bool, band_elements: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(regression._BAND_ELEMENTS, "cpu", band_elements)
+    monkeypatch.setitem(regression._BAND_ELEMENTS, device, band_elements)
     batch, depths, rows, columns, height, width, disparities = size
-    logits = (5 * torch.randn(batch, columns, depths, rows, dtype=torch.float64)).permute(0, 2, 3, 1).requires_grad_()
+    logits = 5 * torch.randn(batch, columns, depths, rows, dtype=torch.float64, device=device)
+    logits = logits.permute(0, 2, 3, 1).requires_grad_()
     expected = regress_disparity_reference(logits, disparities, height, width, align_corners=align_corners)
     result = regress_disparity(logits, disparities, height, width, align_corners=align_corners)
     torch.testing.assert_close(result, expected, atol=1e-11, rtol=0)
@@ -84,6 +85,14 @@ def test_scores_too_far_apart_for_roots_take_the_matrix(monkeypatch: pytest.Monk
     upstream = torch.randn_like(results[0])
     gradients = [torch.autograd.grad(result, logits, upstream)[0] for result in results]
     torch.testing.assert_close(*gradients, atol=1e-10, rtol=0)
+
+
+def test_there_is_no_second_derivative() -> None:
+    logits = torch.randn(1, 4, 4, 4, requires_grad=True)
+    disparity = regress_disparity(logits, 16, 16, 16, align_corners=False)
+    (gradient,) = torch.autograd.grad(disparity.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
 
 def test_not_a_number_is_passed_on() -> None:
