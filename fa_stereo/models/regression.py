@@ -45,8 +45,7 @@ def regress_disparity(logits: Tensor, max_disparity: int, height: int, width: in
     """Upsample scores to full resolution, take the softmax over disparity and its expectation.
 
     ``disparity[y, x] = sum_d d softmax_d(upsampled[d, y, x])``; higher scores mean better matches. The same function
-    as ``regress_disparity_reference``, without the volume. It has a first derivative alone: asked for a second one
-    (``create_graph=True``), PyTorch refuses.
+    as ``regress_disparity_reference``, without the volume, but for its second derivative: there is none.
 
     Args:
         logits: Scores [B, D/4, H/4, W/4].

@@ -90,7 +90,10 @@ def test_scores_too_far_apart_for_roots_take_the_matrix(monkeypatch: pytest.Monk
 def test_there_is_no_second_derivative() -> None:
     logits = torch.randn(1, 4, 4, 4, requires_grad=True)
     disparity = regress_disparity(logits, 16, 16, 16, align_corners=False)
-    (gradient,) = torch.autograd.grad(disparity.sum(), logits, create_graph=True)
+    (gradient,) = torch.autograd.grad(disparity.sum(), logits, create_graph=True, retain_graph=True)
+    assert not gradient.requires_grad
+    upstream = torch.ones(1, 16, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(disparity, logits, upstream, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
 
