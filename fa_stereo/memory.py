@@ -19,20 +19,33 @@ from fa_stereo.errors import InputError
 USABLE = 0.9
 
 
+def memory_in_use(device: str) -> int:
+    """Return the bytes in use now; on a CPU without Linux, the most that ever were."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") if sys.platform.startswith("linux") else peak_memory(device)
+
+
 def start_peak(device: str) -> int:
     """Forget the peak so far; return the bytes in use now."""
     if device != "cpu":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    with contextlib.suppress(OSError):  # where that is not permitted, the peak is that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    else:
+        with contextlib.suppress(OSError):  # where that is not permitted, the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    return memory_in_use(device)
 
 
 def peak_memory(device: str) -> int:
     """Return the largest number of bytes in use since ``start_peak``."""
-    return torch.cuda.max_memory_allocated(device) if device != "cpu" else _status("VmHWM")
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform.startswith("linux"):
+        return _status("VmHWM")
+    import resource  # not on Windows, where no peak is reported
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class MemoryLimit:

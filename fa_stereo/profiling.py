@@ -30,7 +30,7 @@ from fa_stereo.config import INFERENCE_PRECISIONS, AttentionConfig, ModelConfig
 from fa_stereo.cuda_graph import record_cuda_graph
 from fa_stereo.errors import InputError
 from fa_stereo.machine import compute_float32_in_full
-from fa_stereo.memory import keep_freed_memory, return_freed_memory
+from fa_stereo.memory import keep_freed_memory, memory_in_use, peak_memory, return_freed_memory, start_peak
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
 from fa_stereo.models.optimized import DTYPES, optimize_for_inference, prepare_for_training
@@ -268,7 +268,8 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
         keep_freed_memory(whole=task.part == "training_step")  # as the commands do
     run = build_run(task)
     return_freed_memory()  # of loading, building and copying the network
-    before = _memory_in_use(task.device, keep_peak=task.path == "graph")
+    # A graph's memory is taken when it is recorded, and nothing more when it runs.
+    before = memory_in_use(task.device) if task.path == "graph" else start_peak(task.device)
     result: Tensor | None = None
     print("ready", file=replies, flush=True)
     for _ in requests:
@@ -283,43 +284,10 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
         print(time.perf_counter() - start, file=replies, flush=True)
         if task.device != "cpu":
             torch.cuda.empty_cache()  # the other processes need the GPU's memory in their turn
-    peak = _peak_memory(task.device)
+    peak = peak_memory(task.device)
     if result is not None:
         np.save(result_path, result.float().cpu().contiguous().numpy())
     print(json.dumps({"peak_bytes": peak, "extra_bytes": max(peak - before, 0)}), file=replies, flush=True)
-
-
-def _memory_in_use(device: str, *, keep_peak: bool = False) -> int:
-    """Return what is in use and let the peak start there, unless it is to be kept: a graph's memory is taken when it
-    is recorded, and nothing more when it runs."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        if not keep_peak:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if not sys.platform.startswith("linux"):
-        return _peak_memory(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
-    except OSError:
-        return _peak_memory(device)
-    return _status_bytes("VmRSS")
-
-
-def _peak_memory(device: str) -> int:
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform.startswith("linux"):
-        return _status_bytes("VmHWM")
-    import resource  # not on Windows, where no peak is reported
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields[key].split()[0]) * 1024
 
 
 # --------------------------------------------------------------------------------------------------------------------

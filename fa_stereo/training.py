@@ -44,10 +44,11 @@ from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import evaluate, network_predictor
 from fa_stereo.export import find_record, training_record
+from fa_stereo.files import save_atomically
 from fa_stereo.history import History
 from fa_stereo.losses import StereoLoss
 from fa_stereo.machine import describe_device
-from fa_stereo.models.checkpoint import load_matching_weights, read_torch_file, save_atomically, save_weights
+from fa_stereo.models.checkpoint import load_matching_weights, read_torch_file, save_weights
 from fa_stereo.models.optimized import computes_in_hardware, prepare_for_training
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet, StereoOutput, build_model
 from fa_stereo.sampling import Batch, StepSampler, TrainingStream, make_loader
@@ -499,7 +500,7 @@ class Trainer:
         for name in names:
             path = self.output_dir / name
             try:
-                save_atomically(path, lambda temporary: _write_bytes(temporary, buffer.getbuffer()))
+                save_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
             except OSError as error:
                 raise TrainingError(
                     f"{path}: the checkpoint of step {self.step} could not be written ({error.strerror or error}); "
@@ -626,7 +627,8 @@ class Trainer:
             "validation": self.validation, "best": self.best,
         }  # fmt: skip
         text = json.dumps(metrics, indent=2) + "\n"
-        save_atomically(self.output_dir / "metrics.json", lambda temporary: _write_bytes(temporary, text.encode()))
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        save_atomically(self.output_dir / "metrics.json", lambda temporary: temporary.write_bytes(text.encode()))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -772,7 +774,3 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _write_bytes(path: Path, content: bytes | memoryview) -> None:
-    path.write_bytes(content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from fa_stereo.attention import build_attention, complexity
 from fa_stereo.attention.complexity import BlockCost, Resources
 from fa_stereo.config import AttentionConfig
 from fa_stereo.errors import InputError
+from fa_stereo.files import save_atomically
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -286,12 +286,7 @@ def draw(path: Path) -> None:
             axis.set(title=title, xlabel=label, ylabel="memory, GB" if quantity == "memory" else "computation, GMACC")
             axis.grid(visible=True, which="both", alpha=0.3)
             axis.legend()
-    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format=path.suffix[1:]), durable=False)
 
 
 def positions(point: Resources) -> int:

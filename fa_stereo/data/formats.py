@@ -16,10 +16,8 @@ How unusual pictures become uint8 RGB:
 from __future__ import annotations
 
 import io
-import os
 import re
 import struct
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -31,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fa_stereo.errors import InputError, RangeError
+from fa_stereo.files import save_atomically
 
 PICTURE_EXTENSIONS = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 DISPARITY_EXTENSIONS = (".pfm", ".png", ".npy")
@@ -81,24 +80,10 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     Raises:
         InputError: The folder is missing or cannot be written.
     """
-    path = Path(path)
-    temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        save_atomically(path, lambda temporary: temporary.write_bytes(content), durable=False)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from fa_stereo.config import RenderConfig
 from fa_stereo.data.formats import write_pfm, write_picture
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.scenes import Appearance, Scene, Shape, random_scene
+from fa_stereo.data.transforms import LUMA
 from fa_stereo.errors import InputError
 
 # Offsets of the samples of a pixel: the centre, which alone decides disparity, then a rotated grid for the colours of
@@ -30,7 +31,6 @@ from fa_stereo.errors import InputError
 SAMPLE_OFFSETS = ((0.0, 0.0), (-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))
 OCCLUSION_TOLERANCE = 0.02  # px; a surface must be nearer by this to hide another
 MAP_LEVELS = 7  # of the texture pyramids
-LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 SHADING_CHUNK = 32768  # samples shaded at once on a CPU: small enough for its caches
 
 
@@ -384,7 +384,7 @@ def photograph(
         return rng.random() < config.asymmetry_probability * strength
 
     if rng.random() < config.grayscale:
-        left, right = (np.repeat(view @ LUMINANCE, 3).reshape(view.shape) for view in (left, right))
+        left, right = (np.repeat(view @ LUMA, 3).reshape(view.shape) for view in (left, right))
     if config.vertical_shift and chosen():
         shift, roll = rng.uniform(-1, 1, 2) * config.vertical_shift * (0.7, 0.3)
         right = _shift_rows(right, shift + roll * np.linspace(-1, 1, right.shape[1]))

@@ -32,7 +32,7 @@ _OCCLUDER_SIZES_PX = (50, 100)
 _LARGEST_OCCLUDER_COUNT = 2
 # Neighbours whose disparities differ by more lie on different surfaces: between them nothing is interpolated.
 _LARGEST_STEP_ON_SURFACE_PX = 1.0
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 
 def normalize_images(images: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class _ColorChange:
     def apply(self, picture: NDArray[np.uint8], mean: float) -> NDArray[np.uint8]:
         """Change a picture [H, W, 3]; contrast is measured from ``mean``."""
         values: NDArray[Any] = picture.astype(np.float32)
-        grey = values @ _LUMA
+        grey = values @ LUMA
         values = grey[..., None] + self.saturation * (values - grey[..., None])
         values = self.brightness * (mean + self.contrast * (values - mean))
         values = 255 * (np.clip(values, 0, 255) / 255) ** np.float32(self.gamma)

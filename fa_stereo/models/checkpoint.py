@@ -8,10 +8,8 @@ so that loading needs no flags. Training checkpoints are ``.pt`` files of tensor
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,32 +23,10 @@ from torch import Tensor, nn
 
 from fa_stereo.config import AttentionConfig, ModelConfig, from_plain, to_plain
 from fa_stereo.errors import InputError
+from fa_stereo.files import save_atomically
 from fa_stereo.models.psmnet import PSMNet, build_model
 
 FORMAT = "fa_stereo weights"
-
-
-def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: whole or not at all.
-
-    Raises:
-        OSError: Writing failed, on a full disk for instance; what was at ``path`` is still there.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -90,6 +66,7 @@ def save_weights(
         except SafetensorError as error:  # safetensors reports a full disk in its own type
             raise OSError(f"{path}: could not be written: {error}") from error
 
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_atomically(path, write)
 
 

@@ -34,7 +34,7 @@ def test_written_pairs_read_back_identically(tmp_path: Path, capsys: pytest.Capt
         assert np.array_equal(read_picture(right), s.right)
         assert np.array_equal(read_pfm(disparity), s.disparity)
         assert np.array_equal(read_pfm(right_disparity), s.right_disparity)
-    assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".part")]
+    assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".tmp")]
 
 
 def test_scene_flow_reader_finds_them(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_ctrl_c_stops_all_workers_with_one_line(tmp_path: Path) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert error.strip() == "fa-stereo render: interrupted"
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")

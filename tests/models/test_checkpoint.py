@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 
 from fa_stereo.config import AttentionConfig, to_plain
 from fa_stereo.errors import InputError
+from fa_stereo.files import save_atomically
 from fa_stereo.models.checkpoint import (
     load_matching_weights,
     load_model,
     read_record,
     read_torch_file,
-    save_atomically,
     save_weights,
 )
 from fa_stereo.models.psmnet import PSMNet, build_model
