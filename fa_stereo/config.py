@@ -212,12 +212,17 @@ class RenderConfig:
             texture, equal cameras) to 1 (everything below in full): for a curriculum.
         min_shapes: Fewest objects besides the background.
         max_shapes: Most objects besides the background; log-uniform in between. A group counts as one.
-        slant: Strength of the slant of surfaces; 1 reaches 70 degrees.
+        wide_range: Share of scenes whose nearest disparity is drawn beyond the usual range, a third of them from 60 to
+            100 % of the maximum.
+        rooms: Probability that the back wall gets a ground, and perhaps side walls and a ceiling.
+        slant: Strength of the slant of surfaces; 1 reaches 70 degrees. Rooms and boxes have their own.
         curvature: Strength of the curvature and ripple of surfaces.
-        thin: Share of objects that are sticks, poles and wires.
+        thin: Share of objects that are sticks, poles and wires. Plants, which are groups, have their twigs besides.
         groups: Share of objects made of several parts: boxes, clusters, plants.
         holes: Probability that a shape is perforated: rings, frames, fences, lace.
         texture_maps: Texture maps drawn for each scene, shared by its shapes in different dress.
+        natural_texture: Of maps that are neither weak nor repetitive nor text, the share with the statistics of
+            natural pictures; the rest is white noise.
         weak_texture: Probability of (nearly) uniform maps and shapes.
         repetition: Probability of a repetitive map: stripes, checkers, bricks, cloth.
         glyphs: Probability of a map with text-like marks.
@@ -246,12 +251,15 @@ class RenderConfig:
     difficulty: float = 1.0
     min_shapes: int = 10
     max_shapes: int = 60
+    wide_range: float = 0.4
+    rooms: float = 0.55
     slant: float = 1.0
     curvature: float = 1.0
     thin: float = 0.15
     groups: float = 0.2
     holes: float = 0.15
     texture_maps: int = 7
+    natural_texture: float = 1.0
     weak_texture: float = 0.12
     repetition: float = 0.2
     glyphs: float = 0.1
@@ -281,7 +289,7 @@ class RenderConfig:
                 f"rendered.max_shapes ({self.max_shapes}) must not be below rendered.min_shapes ({self.min_shapes})"
             )
         for name in ("difficulty", "thin", "groups", "holes", "weak_texture", "repetition", "glyphs", "gloss", "haze",
-                     "grayscale", "asymmetry_probability"):  # fmt: skip
+                     "grayscale", "asymmetry_probability", "wide_range", "rooms", "natural_texture"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"rendered.{name} must be from 0 to 1, got {getattr(self, name)}")
         for name in ("slant", "curvature", "shading", "gain", "gamma", "tint", "noise", "blur", "vertical_shift"):

@@ -464,6 +464,7 @@ class _SceneBuilder:
         self.ground_slope = 0.0  # disparity per row of the ground below the horizon, 0 without a ground
 
     def build(self) -> Scene:
+        """Return the scene: textures, haze, background, objects."""
         config, rng = self.config, self.rng
         large = 512 if max(config.height, config.width) > 256 else 256
         for i in range(config.texture_maps):  # the first two are large: for backgrounds, whose repetition would show
@@ -473,6 +474,7 @@ class _SceneBuilder:
                     weak=config.weak_texture * self.difficulty,
                     repetition=config.repetition * self.difficulty * (0.4 if i < 2 else 1.0),
                     glyphs=config.glyphs,
+                    natural=config.natural_texture,
                 )
             )  # fmt: skip
         if rng.random() < config.haze * self.difficulty:
@@ -490,12 +492,12 @@ class _SceneBuilder:
 
     def _disparity_range(self) -> tuple[float, float]:
         """Draw the nearest and the farthest disparity: most scenes within 5 to 80 px, some up to the maximum."""
-        rng, largest = self.rng, self.config.max_disparity
+        rng, largest, wide_share = self.rng, self.config.max_disparity, self.config.wide_range
         usual, wide = min(80.0, largest), min(130.0, largest)
         draw = rng.random()
-        if draw < 0.6:
+        if draw < 1 - wide_share:
             nearest = math.exp(rng.uniform(math.log(0.15 * usual), math.log(usual)))
-        elif draw < 0.87:
+        elif draw < 1 - 0.325 * wide_share:
             nearest = rng.uniform(0.4 * wide, wide)
         else:
             nearest = rng.uniform(0.6 * largest, largest)
@@ -583,7 +585,7 @@ class _SceneBuilder:
         value = max(self.farthest, 0.0)
         wall = self._surface(center, max(value, 1e-3), reach, 0.3 if self.difficulty > 0 else 0.7)
         self._add(Everywhere(), wall, large=True)
-        if draw < 0.45:
+        if draw < 1 - config.rooms:
             return
         # a ground: w grows linearly from the horizon down; a ceiling likewise upwards
         below = config.height - self.horizon
@@ -592,7 +594,7 @@ class _SceneBuilder:
         roll = 0.0 if rng.random() < 0.6 else rng.uniform(-0.04, 0.04) * lowest / (config.width + config.max_disparity)
         ground = Surface(0.0, (config.width / 2, self.horizon), (roll, self.ground_slope))
         self._add(Everywhere(), ground, large=True, aligned=True)
-        if draw < 0.75:
+        if draw < 1 - config.rooms / 2.2:
             return
         sides = rng.integers(1, 4)  # left, right, both
         steep = min(STEEPEST, self.nearest / (config.width * rng.uniform(0.35, 0.7)))
@@ -629,6 +631,7 @@ class _SceneBuilder:
             self._solid(self._place(disparity, radius), radius, disparity)
 
     def _solid(self, center: tuple[float, float], radius: float, disparity: float) -> None:
+        """Add a shape of one piece, perhaps with holes."""
         silhouette = self._outline(center, radius)
         left, top, right, bottom = silhouette.extent
         half = max(center[0] - left, right - center[0]), max(center[1] - top, bottom - center[1])
@@ -639,6 +642,7 @@ class _SceneBuilder:
         self._add(silhouette, surface)
 
     def _outline(self, center: tuple[float, float], radius: float) -> Silhouette:
+        """Draw an ellipse, a blob, a rectangle, a polygon or a star of about this radius in pixels."""
         rng = self.rng
         kind = rng.random()
         squeeze = math.exp(rng.uniform(math.log(0.3), 0))
@@ -846,6 +850,15 @@ class _SceneBuilder:
         self, surface: Surface, extent: tuple[float, float, float, float], like: Appearance | None, *, large: bool,
         aligned: bool,
     ) -> Appearance:  # fmt: skip
+        """Dress a surface in a texture of its own, or in that of another with a little change.
+
+        Args:
+            surface: Whose plane the texture lies on.
+            extent: (left, top, right, bottom) of the shape in pixels.
+            like: The look to repeat; None draws a new one.
+            large: Of the background: a texture whose repetition does not show.
+            aligned: Along the edges of a room more often than not.
+        """
         rng, scene = self.rng, self.scene
         half = max(1.0, (extent[2] - extent[0]) / 2), max(1.0, (extent[3] - extent[1]) / 2)
         middle = ((extent[0] + extent[2]) / 2, (extent[1] + extent[3]) / 2)

@@ -18,7 +18,7 @@ Color = NDArray[np.float32]
 
 
 def random_map(
-    rng: np.random.Generator, size: int, *, weak: float, repetition: float, glyphs: float
+    rng: np.random.Generator, size: int, *, weak: float, repetition: float, glyphs: float, natural: float = 1.0
 ) -> NDArray[np.uint8]:
     """Draw one texture map.
 
@@ -28,6 +28,7 @@ def random_map(
         weak: Probability of a nearly constant map.
         repetition: Probability of stripes, checkers, bricks and the like.
         glyphs: Probability of text-like marks.
+        natural: Of the other maps, the share with the statistics of natural pictures; the rest is white noise.
 
     Returns:
         Periodic uint8 map [size, size, 4].
@@ -39,6 +40,8 @@ def random_map(
         picture = _PATTERNS[rng.integers(len(_PATTERNS))](rng, size)
     elif kind < weak + repetition + glyphs:
         picture = _glyphs(rng, size)
+    elif natural < 1 and rng.random() >= natural:
+        picture = rng.random((size, size, 3), dtype=np.float32)
     else:
         picture = _natural(rng, size)
     grain = 0.5 + 0.2 * _fine_noise(rng, size, rng.uniform(0.4, 1.3))
@@ -105,6 +108,7 @@ def _ramp(rng: np.random.Generator, field: Field, *, smooth: bool = True) -> Fie
 
 
 def _natural(rng: np.random.Generator, size: int) -> Field:
+    """Draw one material, a third of the time mixed with another, with fine detail; [size, size, 3]."""
     first = _NATURAL[rng.integers(len(_NATURAL))](rng, size)
     if rng.random() < 0.3:  # a mixture: two materials in patches, or one seen through the other
         second = _NATURAL[rng.integers(len(_NATURAL))](rng, size)
@@ -242,6 +246,7 @@ def _weathered(rng: np.random.Generator, picture: Field) -> Field:
 
 
 def _stripes(rng: np.random.Generator, size: int) -> Field:
+    """Soft or sharp stripes, straight or wavy, along the map or across its tiles."""
     x, y, _, rows = _grid_coordinates(rng, size)
     phase = x + (y * int(rng.integers(0, 3)) / rows)  # whole periods both ways keep the map tileable
     wobble = rng.uniform(0, 0.3) * spectral_noise(rng, 1, size, 1.8)[0] if rng.random() < 0.5 else 0
@@ -250,6 +255,7 @@ def _stripes(rng: np.random.Generator, size: int) -> Field:
 
 
 def _checkers(rng: np.random.Generator, size: int) -> Field:
+    """A checkerboard, or cells of a few colours at random."""
     x, y, columns, rows = _grid_coordinates(rng, size)
     column, row = x.astype(int), y.astype(int)
     colors = _palette(rng, int(rng.integers(2, 6)))
@@ -276,6 +282,7 @@ def _tiles(rng: np.random.Generator, size: int) -> Field:
 
 
 def _dots(rng: np.random.Generator, size: int) -> Field:
+    """A grid of dots."""
     x, y, _, _ = _grid_coordinates(rng, size)
     distance = np.hypot(x % 1 - 0.5, y % 1 - 0.5)
     soft = np.clip((rng.uniform(0.15, 0.48) - distance) * 12, 0, 1).astype(np.float32)

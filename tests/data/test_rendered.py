@@ -425,6 +425,26 @@ def test_maps_have_natural_spectra() -> None:
         slopes.append(np.polyfit(np.log2([2, 4, 8, 16, 32]), np.log2(rings), 1)[0])
     # power of natural pictures falls as 1/f^2, with scatter
     assert -3.2 < np.mean(slopes) < -1.0
+    white = random_map(np.random.default_rng(0), 256, weak=0.0, repetition=0.0, glyphs=0.0, natural=0.0)
+    neighbours = np.corrcoef(white[:, :-1, 0].ravel(), white[:, 1:, 0].ravel())[0, 1]
+    assert abs(neighbours) < 0.02
+
+
+def test_ingredients_can_be_switched_off() -> None:
+    frontal = dataclasses.replace(SMALL, slant=0.0, curvature=0.0, rooms=0.0, groups=0.0, thin=0.0, wide_range=0.0)
+    for seed in range(10):
+        for shape in random_scene(frontal, np.random.default_rng(seed)).shapes:
+            assert shape.surface.slope == (0, 0)
+            assert shape.surface.curve == (0, 0, 0)
+            assert shape.surface.ripple == 0
+            assert not isinstance(shape.silhouette, Strand)
+            assert shape.surface.value <= 80
+    rooms = dataclasses.replace(frontal, rooms=1.0)
+    for seed in range(10):
+        walls = [
+            s for s in random_scene(rooms, np.random.default_rng(seed)).shapes if isinstance(s.silhouette, Everywhere)
+        ]
+        assert len(walls) > 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -463,6 +483,7 @@ def test_unusable_values_are_refused(values: dict[str, float], message: str) -> 
         {"gloss": 1.0, "haze": 1.0},
         {"texture_maps": 1},
         {"max_disparity": 8.0},
+        {"wide_range": 1.0, "rooms": 1.0, "natural_texture": 0.0},
     ],
 )
 def test_every_ingredient_renders_alone(values: dict[str, float]) -> None:
