@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import official_psmnet
@@ -74,3 +76,15 @@ def test_original_file_needs_import_first(tmp_path: Path) -> None:
     tar = save_official(tmp_path / "psmnet.tar", official_psmnet.random_state(True, channels=8), prefix="module.")
     with pytest.raises(InputError, match="import-weights"):
         load_model(tar)
+
+
+def test_the_script_measures_the_original_beside_ours(repository: Path) -> None:
+    command = [sys.executable, repository / "scripts" / "compare_with_original.py", "--size", "256x256"]
+    options = ["--channels", "4", "--repeats", "1"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["original", "plain", "fast"]
+    for row in rows:
+        assert float(row[1].removesuffix(" s")) > 0
+        assert float(row[3].removesuffix(" px")) < 5e-3
