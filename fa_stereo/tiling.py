@@ -104,16 +104,17 @@ def estimate_memory(
     height4, width4 = -(-height // SIZE_MULTIPLE) * 4, -(-width // SIZE_MULTIPLE) * 4
     rows = height4 if band_height is None else min(height4, (band_height + 2 * overlap) // 4)
     cells = height4 * width4
-    # Live at once in the fusion of the features: res2, res4, pools, their concatenation, the result; twice allocated
-    # and freed in sizes that an allocator cannot always use again.
-    fusion = 2 * (2 + 4 + 4 + 10 + 4) * c * cells * feature_bytes
+    # Live at once in res1: three maps of c channels at half resolution, later res2, res4, pools and the result. Three
+    # times that was measured, in sizes that an allocator cannot always use again; less than half of it stays.
+    features = 3 * 12 * c * cells * feature_bytes
+    kept_features = 16 * c * cells * feature_bytes
     # Attention, in float32 always: next to nothing beside that, unless it stores a map of all pairs of positions.
     attention = [
         block_cost(config.attention, share * c, (4 * height4 // scale, 4 * width4 // scale)).inference_bytes
         for share, scale in (SLOT_MAPS[slot] for slot in config.attention_slots)
         if config.attention.kind != "none"
     ]
-    features = max(fusion, (2 + 4) * c * cells * feature_bytes + max(attention, default=0))
+    features = max(features, (2 + 4) * c * cells * feature_bytes + max(attention, default=0))
     # Two volumes, three maps of a quarter of a volume each, and slabs in several stages.
     volume = c * depths * rows * width4 * volume_bytes
     scores = 3 * depths * rows * width4 * 4
@@ -122,7 +123,7 @@ def estimate_memory(
     pictures = 6 * 3 * 16 * cells * 4
     # What the convolution library and the allocator keep for themselves does not grow with the picture.
     library = (96 if volume_bytes == 4 else 192) << 20
-    return int(1.15 * (pictures + max(features, fusion // 3 + max(volumes, regression)))) + library
+    return int(1.15 * (pictures + max(features, kept_features + max(volumes, regression)))) + library
 
 
 def choose_band_height(

@@ -17,6 +17,9 @@ from fa_stereo.errors import InputError
 from fa_stereo.models.layers import ConvNorm2d, initialize_like_psmnet
 from fa_stereo.models.recomputation import Run, call
 
+_FUSION_ELEMENTS = 1 << 22
+"""Values of the maps in one band of rows, about, where they are fused in bands."""
+
 SLOT_MAPS = {"res1": (1, 2), "res2": (2, 4), "res3": (4, 4), "res4": (4, 4), "pyramid": (1, 4)}
 """What an attention block is given in each slot: channels in units of c, and by how much smaller than the picture."""
 
@@ -135,6 +138,34 @@ class FeatureExtractor(nn.Module):
         x = self._attend("res3", run(self.res3, res2))  # [B, 4c, H/4, W/4]
         res4 = self._attend("res4", run(self.res4, x))
         pools = self.pyramid(res4)
-        context = torch.cat([res2, res4, *reversed(pools)], dim=1)  # [B, 10c, H/4, W/4], finest pool first
-        features = self.projection(F.relu(self.fusion(context), inplace=True))  # [B, c, H/4, W/4]
+        features = self._fuse([res2, res4, *reversed(pools)])  # [B, c, H/4, W/4], finest pool first
         return self._attend("pyramid", features)
+
+    def _fuse(self, maps: list[Tensor]) -> Tensor:
+        """Concatenate maps [B, *, h, w] of 10c channels together, and reduce them to c.
+
+        Where no gradient is asked for, a band of rows at a time: their concatenation, the largest map of all, is never
+        whole, and the result is the same.
+        """
+
+        def fuse(first: int, last: int) -> Tensor:
+            context = torch.cat([part[:, :, first:last] for part in maps], dim=1)  # [B, 10c, rows, w]
+            reduced: Tensor = self.projection(F.relu(self.fusion(context), inplace=True))
+            return reduced
+
+        batch, _, height, width = maps[0].shape
+        rows = max(1, _FUSION_ELEMENTS // (batch * width * sum(part.shape[1] for part in maps)))
+        if self.training or torch.is_grad_enabled() or rows >= height:
+            return fuse(0, height)
+        features = maps[0].new_empty(0)
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            first, last = max(start - 1, 0), min(stop + 1, height)  # with the rows beside it that the 3x3 kernel reads
+            band = fuse(first, last)
+            if start == 0:
+                features = torch.empty(
+                    (batch, band.shape[1], height, width), dtype=band.dtype, device=band.device,
+                    memory_format=torch.channels_last,
+                )  # fmt: skip
+            features[:, :, start:stop] = band[:, :, start - first : stop - first]
+        return features

@@ -11,6 +11,7 @@ from torch import nn
 
 from fa_stereo.config import ATTENTION_SLOTS, AttentionConfig, ModelConfig
 from fa_stereo.errors import InputError
+from fa_stereo.models import features
 from fa_stereo.models.layers import initialize_like_psmnet
 from fa_stereo.models.psmnet import PSMNet, StereoOutput, build_model
 
@@ -117,6 +118,22 @@ def test_default_path_equals_the_plain_one(changes: dict, size: tuple[int, int],
             continue
         scale = reference.abs().max().clamp(min=1e-9)
         torch.testing.assert_close(gradients[name] / scale, reference / scale, atol=1e-7, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+def test_features_fused_in_bands_are_those_of_the_whole(
+    rows: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomize(build_model(tiny(attention_slots=["res4", "pyramid"])).double().eval()).to(device)
+    pictures = torch.randn(2, 3, 64, 80, dtype=torch.float64, device=device)
+    expected = model.features(pictures)  # with a gradient: whole
+    monkeypatch.setattr(features, "_FUSION_ELEMENTS", rows * 2 * 20 * 10 * model.config.base_channels)
+    calls = []
+    model.features.fusion.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        found = model.features(pictures)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert len(calls) == -(-16 // rows)
 
 
 @pytest.mark.parametrize(
