@@ -739,6 +739,23 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flatten_used(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested plain data by full key, without settings of another kind of data than the one chosen beside them.
+
+    Examples:
+        >>> flatten_used({"train": {"kind": "rendered", "rendered": {"seed": 3}, "scene_flow": {"passes": "clean"}}})
+        {'train.kind': 'rendered', 'train.rendered.seed': 3}
+    """
+    flat = flatten(values)
+
+    def used(key: str) -> bool:
+        data, _, part = key.rpartition(".")[0].rpartition(".")
+        kind = flat.get(f"{data}.kind")
+        return part not in ("rendered", "scene_flow") or kind is None or part == kind
+
+    return {key: value for key, value in flat.items() if used(key)}
+
+
 def from_plain(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
     """Build configuration ``cls`` from nested plain data.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fa_stereo.config import DataConfig, flatten, from_plain
+from fa_stereo.config import DataConfig, flatten_used, from_plain
 from fa_stereo.data import open_dataset
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
@@ -26,7 +26,6 @@ from fa_stereo.sampling import StepSampler, TrainingStream, make_loader
 
 _NEEDED = {"model_config", "model", "config", "step", "samples", "validation"}
 _CURVE = ("step", "end_point_error", "bad_1", "bad_3")
-_KINDS_WITH_SETTINGS = ("rendered", "scene_flow")
 _PATHS = ("output_dir", "root", "init_from", "resume", "unused_files")
 
 
@@ -96,18 +95,8 @@ def find_record(path: str | Path) -> dict[str, Any]:
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration by full key, without what does not count.
-
-    That is the folders of somebody's machine, as weights travel, and settings of another kind of data than was used.
-    """
-    flat = flatten(config)
-
-    def counts(key: str) -> bool:
-        *data, part = key.split(".")[:3]
-        of_a_kind = key.count(".") > 2 and data[:1] == ["data"] and part in _KINDS_WITH_SETTINGS
-        return key.rpartition(".")[2] not in _PATHS and not (of_a_kind and flat.get(f"{'.'.join(data)}.kind") != part)
-
-    return {key: value for key, value in flat.items() if counts(key)}
+    """Return the settings used by full key, without the folders of somebody's machine: weights travel."""
+    return {key: value for key, value in flatten_used(config).items() if key.rpartition(".")[2] not in _PATHS}
 
 
 def export_weights(

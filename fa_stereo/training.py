@@ -37,7 +37,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fa_stereo import distributed
 from fa_stereo.attention.masks import record_inputs
 from fa_stereo.compilation import compile_network, uncompiled
-from fa_stereo.config import DatasetConfig, OptimizerConfig, ProtocolConfig, TrainConfig, flatten, to_plain
+from fa_stereo.config import DatasetConfig, OptimizerConfig, ProtocolConfig, TrainConfig, flatten_used, to_plain
 from fa_stereo.data import open_dataset
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
@@ -578,7 +578,7 @@ class Trainer:
 
     def _check_agreement(self, path: Path, state: Mapping[str, Any]) -> None:
         """Refuse what would not be the same run; tell what else has changed."""
-        before, now = flatten(state["config"]), flatten(to_plain(self.config))
+        before, now = flatten_used(state["config"]), flatten_used(to_plain(self.config))
         changed = [key for key in now if before.get(key) != now[key]]
         for key in changed:
             if key in _MUST_AGREE or key.startswith("model."):
