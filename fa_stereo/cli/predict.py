@@ -245,9 +245,10 @@ def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
 
 def _predict_one(predictor: DisparityPredictor, pair: PicturePair, folder: Path, outputs: dict[Path, str]) -> None:
     from fa_stereo.data.formats import read_picture_pair
+    from fa_stereo.inference import check_pair
     from fa_stereo.rectification import judge_pair
 
-    left, right = read_picture_pair(pair.left_path, pair.right_path)
+    left, right = check_pair(*read_picture_pair(pair.left_path, pair.right_path))
     prepare_output_folder(folder)
     judgement = judge_pair(left, right)
     for sentence in judgement.warnings if judgement else []:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,6 +32,8 @@ from fa_stereo.errors import InputError
 SAMPLE_OFFSETS = ((0.0, 0.0), (-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))
 OCCLUSION_TOLERANCE = 0.02  # px; a surface must be nearer by this to hide another
 MAP_LEVELS = 7  # of the texture pyramids
+# What shading reads of every shape, and how many numbers each is (see ``Appearance``; slope is the surface's).
+SHADING_PARAMETERS = {"axes": 6, "offset": 2, "slope": 2, "light": 3, "highlight": 5, "color": 15}
 SHADING_CHUNK = 32768  # samples shaded at once on a CPU: small enough for its caches
 
 
@@ -308,27 +311,33 @@ class _Painter:
 
     def _shade(self, u: Tensor, v: Tensor, d: Tensor, which: Tensor, *, right: bool) -> Tensor:
         """Return the colours [N, 3] of surface points (u, v), float32 [N], of the shapes ``which``, int32 [N]."""
-        p = self.parameters.index_select(1, which).unbind(0)
+        values = iter(self.parameters.index_select(1, which).unbind(0))
+        p = {name: [next(values) for _ in range(count)] for name, count in SHADING_PARAMETERS.items()}
+        s_1, s_u, s_v, t_1, t_u, t_v = p["axes"]
         inverse = 1 / (d + self.scene.far_offset)
-        s = (p[0] + p[1] * u + p[2] * v) * inverse
-        t = (p[3] + p[4] * u + p[5] * v) * inverse
+        s = (s_1 + s_u * u + s_v * v) * inverse
+        t = (t_1 + t_u * u + t_v * v) * inverse
         # the texture's scale, texels per pixel, decides which levels of the pyramid to read
-        along_u = ((p[1] - s * p[8]) * inverse).square() + ((p[4] - t * p[8]) * inverse).square()
-        along_v = ((p[2] - s * p[9]) * inverse).square() + ((p[5] - t * p[9]) * inverse).square()
+        d_u, d_v = p["slope"]
+        along_u = ((s_u - s * d_u) * inverse).square() + ((t_u - t * d_u) * inverse).square()
+        along_v = ((s_v - s * d_v) * inverse).square() + ((t_v - t * d_v) * inverse).square()
         level = (0.5 * torch.log2(0.5 * (along_u + along_v) + 1e-12)).clamp(0, MAP_LEVELS - 1.001)
-        texel = self._texel(self.textures.index_select(0, which), level, s + p[6], t + p[7]) - 0.5  # [N, 4]
-        light = p[10] + p[11] * u + p[12] * v
+        s_0, t_0 = p["offset"]
+        texel = self._texel(self.textures.index_select(0, which), level, s + s_0, t + t_0) - 0.5  # [N, 4]
+        light_1, light_u, light_v = p["light"]
+        light = light_1 + light_u * u + light_v * v
         light = light.clamp(0.4, 1.6)
-        spot_u = u - p[13] - p[17] if right else u - p[13]
-        spot = p[16] * torch.exp(-p[15] * (spot_u.square() + (v - p[14]).square()))
+        center_u, center_v, sharpness, brightness, shift = p["highlight"]
+        spot_u = u - center_u - shift if right else u - center_u
+        spot = brightness * torch.exp(-sharpness * (spot_u.square() + (v - center_v).square()))
         red, green, blue, grain = texel.unbind(1)
         *air, strength = self.scene.haze
         depth = -math.log(1 - strength) * self.scene.far_offset
         clear = torch.exp(-depth * inverse)
         channels = []
         for c in range(3):
-            k = 18 + 5 * c
-            color = p[k] + p[k + 1] * red + p[k + 2] * green + p[k + 3] * blue + p[k + 4] * grain
+            bias, of_red, of_green, of_blue, of_grain = p["color"][5 * c : 5 * c + 5]
+            color = bias + of_red * red + of_green * green + of_blue * blue + of_grain * grain
             color = color.clamp(0.01, 0.99) * light + spot
             channels.append(color * clear + air[c] * (1 - clear) if depth else color)
         return torch.stack(channels, dim=1).clamp_(0, 1)
@@ -358,11 +367,16 @@ class _Painter:
 
 
 def _parameters(look: Appearance, slope: tuple[float, float]) -> NDArray[np.float32]:
-    """Return one shape's shading parameters in the order in which ``_Painter._shade`` reads them."""
-    color = np.concatenate([look.bias[:, None], look.color], axis=1)  # [3, 5]
-    return np.concatenate(
-        [look.axes.ravel(), look.offset, slope, look.light, look.highlight, color.ravel()]
-    ).astype(np.float32)  # fmt: skip
+    """Return one shape's ``SHADING_PARAMETERS``, one after the other."""
+    parts: dict[str, Any] = {
+        "axes": look.axes,  # [2, 3]
+        "offset": look.offset,
+        "slope": slope,
+        "light": look.light,
+        "highlight": look.highlight,
+        "color": np.concatenate([look.bias[:, None], look.color], axis=1),  # [3, 5]
+    }
+    return np.concatenate([np.ravel(parts[name]) for name in SHADING_PARAMETERS]).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ def test_files_that_are_no_pictures(
     message = refused(*pair)
     assert str(pair[1]) in message
     assert said in message
+    assert not (pair[1].parent / "out").exists()
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
@@ -107,6 +108,7 @@ def test_pictures_smaller_than_16_pixels(pair: tuple[Path, Path], refused: Calla
     for path in pair:
         Image.fromarray(np.zeros((15, 40, 3), np.uint8)).save(path)
     assert "at least 16x16, got 40x15" in refused(*pair)
+    assert not (pair[1].parent / "out").exists()
 
 
 def _save_grey(path: Path, picture: np.ndarray) -> None:
