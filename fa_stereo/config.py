@@ -212,8 +212,8 @@ class RenderConfig:
             texture, equal cameras) to 1 (everything below in full): for a curriculum.
         min_shapes: Fewest objects besides the background.
         max_shapes: Most objects besides the background; log-uniform in between. A group counts as one.
-        wide_range: Share of scenes whose nearest disparity is drawn beyond the usual range, a third of them from 60 to
-            100 % of the maximum.
+        wide_range: Share of scenes whose nearest disparity is drawn evenly up to 130 px, or for a third of them from 60
+            to 100 % of the maximum, instead of mostly small up to 80 px.
         rooms: Probability that the back wall gets a ground, and perhaps side walls and a ceiling.
         slant: Strength of the slant of surfaces; 1 reaches 70 degrees. Rooms and boxes have their own.
         curvature: Strength of the curvature and ripple of surfaces.

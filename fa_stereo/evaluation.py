@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fa_stereo import distributed
-from fa_stereo.config import AVERAGINGS, ProtocolConfig, flatten, from_plain, to_plain
+from fa_stereo.config import AVERAGINGS, ProtocolConfig, RenderConfig, flatten, from_plain, to_plain
 from fa_stereo.data.formats import read_bytes, write_bytes
 from fa_stereo.data.loading import process_options
 from fa_stereo.data.sample import StereoSample, to_batch_item
@@ -602,7 +602,7 @@ def _read_source(path: Path) -> tuple[ProtocolConfig, dict[str, Any] | None]:
             return protocol, None
         images = {"dataset.kind": dataset["kind"]}
         if dataset["kind"] == "rendered":  # of which the same names can be other pictures
-            rendered = flatten(dataset["rendered"], "dataset.rendered.")
+            rendered = flatten({**to_plain(RenderConfig()), **dataset["rendered"]}, "dataset.rendered.")
             images |= {k: v for k, v in rendered.items() if k.rpartition(".")[2] not in ("samples", "device")}
         return protocol, images
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -6,7 +6,6 @@ trained, and from what they started. A checkpoint holds all of it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,26 +33,27 @@ def training_record(state: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         state: What a checkpoint holds besides tensors: ``config``, ``step``, ``samples``, ``validation``, and, where
-            it is known, ``history``, ``seconds``, ``machines`` and ``started_from``.
+            it is known, ``history``, ``seconds``, ``machines``, ``rendered_pairs`` and ``started_from``.
 
     Returns:
         Optimizer ``steps``, ``samples_seen`` and ``epochs``; ``samples_seen_in_all``, those of the weights it started
         from included; the number of ``training_pairs`` and, of pairs that ``fa-stereo render`` wrote, how they were
         rendered (``rendered_pairs``); ``precision``; whether the weights are ``averaged``; ``hours`` and ``machines``;
         the last ``validation`` and all of them (``validation_curve``: step, EPE in px, bad-1 and bad-3 in %); every
-        setting by its full key (``training``); and the same of the weights it ``started_from``. What is not known is
-        None; folders are left out.
+        setting used by its full key (``training``); and the same of the weights it ``started_from``. What is not known
+        is None; folders are left out.
     """
     trainer, steps, seconds = state["config"]["trainer"], state["step"], state.get("seconds")
     earlier = state.get("started_from")
+    before = samples_seen(earlier)
     samples = steps * trainer["batch_size"]
     return {
         "steps": steps,
         "samples_seen": samples,
-        "samples_seen_in_all": samples + samples_seen(earlier),
+        "samples_seen_in_all": None if before is None else samples + before,
         "epochs": samples / state["samples"],
         "training_pairs": state["samples"],
-        "rendered_pairs": _how_rendered(state["config"]["data"]["train"]),
+        "rendered_pairs": state.get("rendered_pairs"),
         "precision": trainer["precision"],
         "averaged": trainer["ema_decay"] > 0,
         "hours": None if seconds is None else float(f"{seconds / 3600:.3g}"),
@@ -65,21 +65,15 @@ def training_record(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def samples_seen(record: Mapping[str, Any] | None) -> int:
-    """Return the samples that weights with this record have seen, those they started from included."""
-    if not record:
+def samples_seen(record: Mapping[str, Any] | None) -> int | None:
+    """Return the samples that weights with this record have seen, those they started from included.
+
+    Fresh weights, without a record (None), have seen 0; None if one record on the way does not say.
+    """
+    if record is None:
         return 0
-    return int(record.get("samples_seen", 0)) + samples_seen(record.get("started_from"))
-
-
-def _how_rendered(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the settings that lie beside rendered pairs on disk."""
-    from fa_stereo.data.rendered import settings_file  # the renderer is no part of reading weights
-
-    if data.get("kind") != "scene_flow" or data.get("root") is None:
-        return None
-    file = settings_file(Path(data["root"]), data["split"])
-    return dict(json.loads(file.read_text())) if file.is_file() else None
+    earlier = samples_seen(record.get("started_from"))
+    return None if earlier is None or "samples_seen" not in record else int(record["samples_seen"]) + earlier
 
 
 def find_record(path: str | Path) -> dict[str, Any]:

@@ -149,7 +149,8 @@ class DisparityPredictor:
             memory_gb: Instead, the memory that a pair may take, in GB, besides the process itself.
             compile: Compile the network for every size of picture (up to eight): a minute each, no gain on the CPU.
             cuda_graph: From the second pair of a size in a row on, launch all of the network's kernels at once. For a
-                GPU, without effect elsewhere; for whole pictures, not bands. Keeps the memory of two sizes.
+                GPU, without effect elsewhere; for whole pictures, not bands. Keeps the memory of two sizes, which
+                ``memory_gb`` does not count.
 
         Raises:
             InputError: The device or the precision is unknown or unavailable, there is no compiler, or another value is
@@ -165,8 +166,8 @@ class DisparityPredictor:
             raise InputError(f"the rows of a tile must be a positive multiple of 16, got {band_height}")
         if memory_gb is not None and not memory_gb > 0:
             raise InputError(f"the memory must be a positive number of GB, got {memory_gb}")
-        if cuda_graph and (band_height is not None or memory_gb is not None):
-            raise InputError("a CUDA graph is of whole pictures: leave out either it or the tiles and the memory limit")
+        if cuda_graph and band_height is not None:
+            raise InputError("a CUDA graph is of whole pictures: leave out cuda_graph or band_height")
         if not computes_in_hardware(self.precision, self.device):
             logger.warning("%s is far slower than fp32 on this CPU, which has no hardware for it", self.precision)
         self.scale, self.band_height, self.memory_gb = scale, band_height, memory_gb

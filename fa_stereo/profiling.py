@@ -64,7 +64,7 @@ class Task:
         width: In pixels.
         batch: Pairs at once.
         weights: A checkpoint; None for fresh random weights of the default model.
-        base_channels: Of that default model.
+        base_channels: Of the network; with weights only told.
         max_disparity: Search range in pixels; None for the model's own.
         device: cpu or cuda.
         threads: Of the CPU; None for PyTorch's choice.

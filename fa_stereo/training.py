@@ -37,8 +37,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fa_stereo import distributed
 from fa_stereo.attention.masks import record_inputs
 from fa_stereo.compilation import compile_network, uncompiled
-from fa_stereo.config import DatasetConfig, OptimizerConfig, ProtocolConfig, TrainConfig, flatten_used, to_plain
+from fa_stereo.config import (
+    DatasetConfig,
+    OptimizerConfig,
+    ProtocolConfig,
+    TrainConfig,
+    flatten,
+    flatten_used,
+    to_plain,
+)
 from fa_stereo.data import open_dataset
+from fa_stereo.data.rendered import read_settings
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
@@ -119,6 +128,7 @@ class Trainer:
         self.stream = TrainingStream(
             open_dataset(config.data.train), TrainingTransform(config.data.augmentation), self.settings.seed
         )
+        self.rendered_pairs = _how_rendered(config.data.train)
         self.validation_pairs = _open_validation(config.data.validation)
         if self.validation_pairs is None:
             self._tell("no validation: data.validation is not given")
@@ -518,6 +528,7 @@ class Trainer:
             "history": self.history.lines if self.history else [],
             "seconds": None if self.seconds is None else self.seconds + time.perf_counter() - self.started,
             "machines": self.machines,
+            "rendered_pairs": self.rendered_pairs,
             "started_from": self.started_from,
         }
 
@@ -579,11 +590,12 @@ class Trainer:
     def _check_agreement(self, path: Path, state: Mapping[str, Any]) -> None:
         """Refuse what would not be the same run; tell what else has changed."""
         before, now = flatten_used(state["config"]), flatten_used(to_plain(self.config))
-        changed = [key for key in now if before.get(key) != now[key]]
+        before = flatten(to_plain(TrainConfig())) | before  # with defaults for settings that came later
+        changed = [key for key in now if key in before and before[key] != now[key]]
         for key in changed:
             if key in _MUST_AGREE or key.startswith("model."):
                 raise InputError(
-                    f"{key} is {now[key]}, but {before.get(key)} in the run to resume ({path}): set it back, or start "
+                    f"{key} is {now[key]}, but {before[key]} in the run to resume ({path}): set it back, or start "
                     "anew with init_from and another output_dir"
                 )
         if state["samples"] != self.stream.samples:
@@ -593,7 +605,7 @@ class Trainer:
             )
         for key in changed:
             if key not in ("output_dir", "trainer.resume", "trainer.init_from"):
-                self._tell("resuming with %s = %s (it was %s)", key, now[key], before.get(key))
+                self._tell("resuming with %s = %s (it was %s)", key, now[key], before[key])
 
     def _export(self) -> None:
         """Write the weights for use: the averaged ones, if they are on."""
@@ -734,6 +746,13 @@ def _check_precision(config: TrainConfig, device: torch.device) -> None:
             "trainer.precision=%s is far slower than fp32 on this CPU, which has no hardware for it",
             config.trainer.precision,
         )
+
+
+def _how_rendered(config: DatasetConfig) -> dict[str, Any] | None:
+    """Return the settings that lie beside rendered pairs on disk."""
+    if config.kind != "scene_flow" or config.root is None:
+        return None
+    return read_settings(Path(config.root), config.split)
 
 
 def _open_validation(config: DatasetConfig | None) -> Dataset[StereoSample] | None:

@@ -28,14 +28,12 @@ PATHS = ("original", "plain", "fast")
 def main() -> int:
     """Measure in processes of their own and print a table; with ``--run``, be such a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--size", default="544x960", metavar="HxW", help="of the pictures, multiples of 16, from 256 up"
-    )
+    parser.add_argument("--size", type=size, default="544x960", metavar="HxW", help="multiples of 16, from 256 up")
     parser.add_argument("--channels", type=int, default=32, metavar="C", help="width of the network")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="processes of each kind")
     parser.add_argument("--run", nargs=2, metavar=("PATH", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    height, width = map(int, arguments.size.split("x"))
+    height, width = arguments.size
     if arguments.run:
         print(json.dumps(run(arguments.run[0], Path(arguments.run[1]), height, width, arguments.channels)))
         return 0
@@ -46,9 +44,11 @@ def main() -> int:
         found = {path: [] for path in PATHS}
         for _ in range(arguments.repeats):
             for path in PATHS:
-                command = [sys.executable, __file__, "--run", path, f"{folder}/{path}.npy", "--size", arguments.size]
-                command += ["--channels", str(arguments.channels)]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                command = [sys.executable, __file__, "--run", path, f"{folder}/{path}.npy"]
+                command += ["--size", f"{height}x{width}", "--channels", str(arguments.channels)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+                if done.returncode:
+                    return done.returncode  # the process has said why
                 found[path].append(json.loads(done.stdout.splitlines()[-1]))
         results = {path: np.load(f"{folder}/{path}.npy") for path in PATHS}
     machine = describe_machine()
@@ -60,6 +60,14 @@ def main() -> int:
         deviation = np.abs(results[path] - results["original"]).max()
         print(f"| {path} | {seconds:.2f} s | {peak / 1e9:.2f} GB | {deviation:.2g} px |")
     return 0
+
+
+def size(text: str) -> tuple[int, int]:
+    """Return height and width in pixels."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()) or any(int(x) < 256 or int(x) % 16 for x in (height, width)):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH, multiples of 16 from 256 up, got {text!r}")
+    return int(height), int(width)
 
 
 def run(path: str, file: Path, height: int, width: int, channels: int) -> tuple[float, int]:

@@ -13,7 +13,7 @@ from training_runs import tiny_config, write_pairs
 from fa_stereo.cli.main import main
 from fa_stereo.config import DataConfig, from_plain
 from fa_stereo.errors import InputError
-from fa_stereo.export import export_weights, find_record, training_batches, training_record, without_paths
+from fa_stereo.export import export_weights, find_record, samples_seen, training_batches, without_paths
 from fa_stereo.models.batch_norm import reestimate_batch_norm
 from fa_stereo.models.checkpoint import load_model, read_record, read_torch_file
 from fa_stereo.training import Trainer
@@ -93,13 +93,24 @@ def test_what_the_weights_started_from_is_on_record(run: Path, pairs: Path, tmp_
 def test_how_pairs_on_disk_were_rendered_is_on_record(tmp_path: Path) -> None:
     assert main(["render", str(tmp_path), "--samples", "2", "--height", "32", "--width", "64", "--seed", "5",
                  "--max-disparity", "16", "--option", "thin=0.5"]) == 0  # fmt: skip
-    data = {"kind": "scene_flow", "root": str(tmp_path), "split": "train"}
-    state = {"config": {"data": {"train": data}, "trainer": {"batch_size": 2, "precision": "fp32", "ema_decay": 0}},
-             "step": 3, "samples": 2, "validation": {}}  # fmt: skip
-    rendered = training_record(state)["rendered_pairs"]
+    config = tiny_config(tmp_path, tmp_path / "run", data__train={"kind": "scene_flow", "root": str(tmp_path), "split":
+                         "train", "scene_flow": {"sets": ["flyingthings3d"]}}, trainer__max_steps=1)  # fmt: skip
+    Trainer(config).run()
+    (tmp_path / "rendered_train.json").unlink()  # what lies there later is another matter
+    rendered = find_record(tmp_path / "run" / "last.pt")["rendered_pairs"]
     assert (rendered["seed"], rendered["thin"], rendered["height"]) == (5, 0.5, 32)
+    (tmp_path / "rendered_train.json").write_text("{")
+    with pytest.raises(InputError, match=r"rendered_train\.json: not the record of a rendered set"):
+        Trainer(config)
     rendered_on_the_fly = {"data": {"train": {"kind": "rendered", "rendered": {"seed": 3}, "scene_flow": {"sets": []}}}}
     assert without_paths(rendered_on_the_fly) == {"data.train.kind": "rendered", "data.train.rendered.seed": 3}
+
+
+def test_samples_seen_in_all() -> None:
+    first = {"samples_seen": 5, "started_from": None}
+    assert samples_seen(None) == 0
+    assert samples_seen({"samples_seen": 7, "started_from": first}) == 12
+    assert samples_seen({"samples_seen": 7, "started_from": {}}) is None  # from a file that says nothing
 
 
 def test_batch_norm_is_estimated_anew_over_the_runs_own_data(run: Path, tmp_path: Path) -> None:

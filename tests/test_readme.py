@@ -34,12 +34,14 @@ DOCUMENTS = [REPOSITORY / name for name in ("README.md", "data/README.md", "fa_s
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
 
-def commands() -> list[list[str]]:
+def commands() -> list[tuple[str, ...]]:
     """Return every command line that begins with fa-stereo, in blocks, in running text, and at the head of a recipe."""
     lines = []
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        blocks = "\n".join(re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.M | re.S))
+        blocks = "\n".join(
+            block for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if kind != "python"
+        )
         lines += blocks.replace("\\\n", " ").splitlines()
         prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
         lines += [" ".join(code.split()) for code in re.findall(r"`(fa-stereo [^`]+)`", prose)]
@@ -47,11 +49,13 @@ def commands() -> list[list[str]]:
         comments = "\n".join(re.findall(r"^# *(.*)$", recipe.read_text(encoding="utf-8"), re.M))
         lines += comments.replace("\\\n", " ").splitlines()
     split = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fa-stereo ")]
-    return list(dict.fromkeys(map(tuple, split)))  # type: ignore[arg-type]
+    return list(dict.fromkeys(map(tuple, split)))
 
 
 def test_there_are_commands_and_snippets_to_test() -> None:
-    assert len(commands()) > 40
+    assert len(commands()) > 50
+    for known in (("train", "experiment=quick"), ("evaluate", "compare", "RUN_A", "RUN_B")):  # beyond a python block
+        assert known in commands()
     assert len(PYTHON) == 2
 
 

@@ -185,8 +185,6 @@ def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: s
         raise InputError(f"--max-disparity must be a positive multiple of 16, got {arguments.max_disparity}")
     if arguments.cuda_graph and device_type != "cuda":
         raise InputError(f"--cuda-graph needs a GPU, but the device is {device_type}")
-    if arguments.compile and arguments.activation_checkpointing:
-        raise InputError("--compile and --activation-checkpointing do not go together: leave one out")
     for wanted, option, where in (
         (arguments.compile, "--compile", COMPILED_PARTS),
         (arguments.cuda_graph, "--cuda-graph", ("network",)),
@@ -279,7 +277,8 @@ def format_report(report: dict[str, Any]) -> str:
         deviations = [f"{row[key]:.2g}{unit}" if key in row else "" for key in ("largest_deviation", "mean_deviation")]
         memory = [_gigabytes(row[key]) for key in ("peak_bytes", "extra_bytes")]
         speed = [duration(row["seconds"]), f"{row['speedup']:.1f}x", rate]
-        rows.append([row["part"], _size_label(row), f"{row['path']} {row['precision']}", *speed, *memory, *deviations])
+        path = f"{row['path']} {row['precision']}" + (", recomputing" if row["activation_checkpointing"] else "")
+        rows.append([row["part"], _size_label(row), path, *speed, *memory, *deviations])
     return "\n".join(
         [
             f"`{report['command']}`, {report['date']}",

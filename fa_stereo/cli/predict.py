@@ -228,6 +228,8 @@ def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
 
     if arguments.cuda_graph and (device := choose_device(arguments.device)).type != "cuda":
         raise InputError(f"--cuda-graph needs a GPU, but the device is {device}: leave it out")
+    if arguments.cuda_graph and arguments.tile is not None:
+        raise InputError("--cuda-graph is for whole pictures: leave out it or --tile")
     compute_float32_in_full()
     keep_freed_memory(whole=False)
     return load_predictor(

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fa_stereo.config import RenderConfig, to_plain
 from fa_stereo.data.formats import write_bytes
-from fa_stereo.data.rendered import LARGEST_SET, RenderedPairs, frame_files, settings_file, write_frame
+from fa_stereo.data.rendered import LARGEST_SET, RenderedPairs, frame_files, read_settings, settings_file, write_frame
 from fa_stereo.errors import InputError
 
 FLAGS = ("samples", "height", "width", "seed", "max_disparity", "difficulty")
@@ -94,20 +94,16 @@ def _config(arguments: argparse.Namespace) -> RenderConfig:
 
 def _record(root: Path, split: str, config: RenderConfig) -> None:
     """Leave the configuration beside the pairs, and refuse to mix two of them in one folder."""
-    path = settings_file(root, split)
     settings = to_plain(config)
     del settings["samples"]  # more of the same may be added later
-    if path.exists():
-        try:
-            known = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path}: not the record of a rendered set; choose another output folder") from error
-        if known != settings:
-            different = sorted(k for k in settings if not isinstance(known, dict) or known.get(k) != settings[k])
-            raise InputError(
-                f"{root} holds {split} pairs rendered with another {', '.join(different) or 'configuration'}; "
-                "give the same values or another output folder"
-            )
+    known = read_settings(root, split)
+    if known is not None and known != settings:
+        different = sorted(key for key in settings if known.get(key) != settings[key])
+        raise InputError(
+            f"{root} holds {split} pairs rendered with another {', '.join(different) or 'configuration'}; "
+            "give the same values or another output folder"
+        )
+    path = settings_file(root, split)
     write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
 
 

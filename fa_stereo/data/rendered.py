@@ -8,6 +8,7 @@ Sun et al. 2021 (AutoFlow), Baradad et al. 2021 ("Learning to see by looking at 
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fa_stereo.config import RenderConfig
-from fa_stereo.data.formats import write_pfm, write_picture
+from fa_stereo.config import RenderConfig, to_plain
+from fa_stereo.data.formats import read_bytes, write_pfm, write_picture
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.scenes import Appearance, Scene, Shape, random_scene
 from fa_stereo.data.transforms import LUMA
@@ -128,6 +129,23 @@ def frame_files(root: Path, split: str, index: int) -> tuple[Path, Path, Path, P
 def settings_file(root: Path, split: str) -> Path:
     """Return the file that holds how the pairs of a split were rendered, a ``RenderConfig`` as JSON."""
     return root / f"rendered_{split.lower()}.json"
+
+
+def read_settings(root: Path, split: str) -> dict[str, Any] | None:
+    """Return how the pairs of a split were rendered, with defaults for what came later; None where nothing says so.
+
+    Raises:
+        InputError: The file that should say so is damaged.
+    """
+    file = settings_file(root, split)
+    if not file.exists():
+        return None
+    try:
+        settings = {**to_plain(RenderConfig()), **json.loads(read_bytes(file))}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: not the record of a rendered set: restore it, or choose another folder") from error
+    settings.pop("samples")  # more of the same may be added later
+    return settings
 
 
 def write_frame(sample: StereoSample, root: Path, split: str, index: int) -> None:

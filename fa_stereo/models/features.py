@@ -157,15 +157,9 @@ class FeatureExtractor(nn.Module):
         rows = max(1, _FUSION_ELEMENTS // (batch * width * sum(part.shape[1] for part in maps)))
         if self.training or torch.is_grad_enabled() or rows >= height:
             return fuse(0, height)
-        features = maps[0].new_empty(0)
+        bands = []
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             first, last = max(start - 1, 0), min(stop + 1, height)  # with the rows beside it that the 3x3 kernel reads
-            band = fuse(first, last)
-            if start == 0:
-                features = torch.empty(
-                    (batch, band.shape[1], height, width), dtype=band.dtype, device=band.device,
-                    memory_format=torch.channels_last,
-                )  # fmt: skip
-            features[:, :, start:stop] = band[:, :, start - first : stop - first]
-        return features
+            bands.append(fuse(first, last)[:, :, start - first : stop - first])
+        return torch.cat(bands, dim=2)
