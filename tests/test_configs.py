@@ -114,7 +114,8 @@ def test_fine_tuning_goes_on_from_bundled_weights() -> None:
 
 
 def test_small_models_train_on_rendered_pairs() -> None:
-    for experiment in ("quick", "small_rendered_start", "small_rendered", "small_rendered_full_range"):
+    for experiment in ("quick", "small_rendered_start", "small_rendered", "small_rendered_full_range",
+                       "small_rendered_context"):  # fmt: skip
         config = make(f"experiment={experiment}")
         assert config.model.base_channels == 16
         assert config.data.train.kind == "rendered"
