@@ -143,6 +143,8 @@ def test_the_demo_picture_is_what_the_demo_draws(tmp_path: Path) -> None:
     shown = cv2.imread(str(REPOSITORY / "data" / "pictures" / "demo.jpg"))
     assert drawn is not None
     assert shown is not None
-    drawn = cv2.resize(drawn, shown.shape[1::-1], interpolation=cv2.INTER_AREA)
-    # JPEG and another processor's rounding move it a little; other weights move the maps and the figures above them.
-    assert np.abs(drawn.astype(int) - shown).mean() < 4
+    difference = np.abs(cv2.resize(drawn, shown.shape[1::-1], interpolation=cv2.INTER_AREA).astype(int) - shown)
+    height, width = shown.shape[:2]
+    prediction_and_error = difference[: height * 9 // 20, width // 2 :]
+    # JPEG moves it by 3.6 in the mean, another processor's rounding by less; the weights before these by 17.
+    assert prediction_and_error.mean() < 7
