@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from training_runs import assert_identical, tiny_config, write_pairs
 
+import fa_stereo.models.optimized
 import fa_stereo.training
 from fa_stereo.config import DatasetConfig, ModelConfig, OptimizerConfig, ProtocolConfig
 from fa_stereo.errors import InputError
@@ -231,7 +232,7 @@ def test_a_precision_that_the_cpu_has_no_hardware_for_is_told(
     for present in (True, False):
         caplog.clear()
         for name in ("cpu_computes_bfloat16", "cpu_computes_float16"):
-            monkeypatch.setattr(fa_stereo.training, name, lambda present=present: present)
+            monkeypatch.setattr(fa_stereo.models.optimized, name, lambda present=present: present)
         Trainer(config)
         assert (f"trainer.precision={precision} is far slower than fp32" in caplog.text) == (not present)
 
@@ -310,15 +311,16 @@ def test_a_full_disk_is_told_and_loses_nothing(pairs: Path, tmp_path: Path, monk
     Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2)).run()
     before = (tmp_path / "last.pt").read_bytes()
 
-    def fill_up(path: Path, content: bytes) -> None:
-        if path.name.startswith(".metrics"):  # it is small
-            path.write_bytes(content)
-            return
-        path.write_bytes(content[:1000])
+    write = Path.write_bytes
+
+    def fill_up(path: Path, content: bytes) -> int:
+        if not path.name.startswith(".last.pt"):  # the others are small
+            return write(path, content)
+        write(path, content[:1000])
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     trainer = Trainer(tiny_config(pairs, tmp_path, trainer__epochs=4))
-    monkeypatch.setattr(fa_stereo.training, "_write_bytes", fill_up)
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
     with pytest.raises(TrainingError, match=r"last\.pt: the checkpoint of step 6 could not be written \(No space left"):
         trainer.run()
     assert (tmp_path / "last.pt").read_bytes() == before
