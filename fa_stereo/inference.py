@@ -143,7 +143,8 @@ class DisparityPredictor:
         Args:
             model: A network on normalised [B, 3, H, W] pictures, as ``load_model`` or ``build_model`` return it.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-            precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``mixed``; see ``choose_precision``.
+            precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``mixed``; see ``choose_precision``. On a CPU without
+                hardware for it, where it is far slower than fp32, a warning is logged.
             scale: Predict at another size: 0.5 takes a quarter of the time and memory and sees twice the disparity.
             band_height: Rows computed at a time, a multiple of 16, for large pictures; see ``fa_stereo.tiling``.
             memory_gb: Instead, the memory that a pair may take, in GB, besides the process itself.
@@ -155,8 +156,6 @@ class DisparityPredictor:
         Raises:
             InputError: The device or the precision is unknown or unavailable, there is no compiler, or another value is
                 refused.
-
-        A precision below fp32 on a CPU without hardware for it, where it is far slower, is logged as a warning.
         """
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)

@@ -134,6 +134,8 @@ def test_inductor_computes_the_same_disparity() -> None:
     views = torch.randn(2, 1, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(*views), model(*views), atol=1e-3, rtol=0)
+        for found, expected in zip(compiled.extract_features(*views), model.extract_features(*views), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_missing_compiler_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,7 @@ def test_small_models_train_on_rendered_pairs() -> None:
         assert config.data.validation is not None
         assert config.data.validation.kind == "rendered"
         assert config.data.validation.rendered.seed != config.data.train.rendered.seed
+        assert config.data.train.rendered.max_disparity == (40 if experiment == "quick" else 192)
         assert config.data.validation.rendered.max_disparity == config.data.train.rendered.max_disparity
 
 

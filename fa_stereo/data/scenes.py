@@ -497,7 +497,7 @@ class _SceneBuilder:
         draw = rng.random()
         if draw < 1 - wide_share:
             nearest = math.exp(rng.uniform(math.log(0.15 * usual), math.log(usual)))
-        elif draw < 1 - 0.325 * wide_share:
+        elif draw < 1 - 0.325 * wide_share:  # all but about a third of the wide ones
             nearest = rng.uniform(0.4 * wide, wide)
         else:
             nearest = rng.uniform(0.6 * largest, largest)
@@ -594,7 +594,7 @@ class _SceneBuilder:
         roll = 0.0 if rng.random() < 0.6 else rng.uniform(-0.04, 0.04) * lowest / (config.width + config.max_disparity)
         ground = Surface(0.0, (config.width / 2, self.horizon), (roll, self.ground_slope))
         self._add(Everywhere(), ground, large=True, aligned=True)
-        if draw < 1 - config.rooms / 2.2:
+        if draw < 1 - 5 / 11 * config.rooms:  # the others have walls too
             return
         sides = rng.integers(1, 4)  # left, right, both
         steep = min(STEEPEST, self.nearest / (config.width * rng.uniform(0.35, 0.7)))

@@ -128,8 +128,11 @@ class FeatureExtractor(nn.Module):
     def _attend(self, slot: str, x: Tensor) -> Tensor:
         return self.attention[slot](x) if slot in self.attention else x
 
-    def forward(self, image: Tensor, *, run: Run = call) -> Tensor:
-        """Map pictures [B, 3, H, W] to features [B, c, H/4, W/4]; ``run`` runs each residual stage."""
+    def forward(self, image: Tensor, *, plain: bool = False, run: Run = call) -> Tensor:
+        """Map pictures [B, 3, H, W] to features [B, c, H/4, W/4].
+
+        ``run`` runs each residual stage; ``plain`` stores the maps to be fused, concatenated.
+        """
         x = image
         for layer in self.stem:
             x = F.relu(layer(x), inplace=True)  # [B, c, H/2, W/2]
@@ -138,14 +141,14 @@ class FeatureExtractor(nn.Module):
         x = self._attend("res3", run(self.res3, res2))  # [B, 4c, H/4, W/4]
         res4 = self._attend("res4", run(self.res4, x))
         pools = self.pyramid(res4)
-        features = self._fuse([res2, res4, *reversed(pools)])  # [B, c, H/4, W/4], finest pool first
+        features = self._fuse([res2, res4, *reversed(pools)], plain=plain)  # [B, c, H/4, W/4], finest pool first
         return self._attend("pyramid", features)
 
-    def _fuse(self, maps: list[Tensor]) -> Tensor:
-        """Concatenate maps [B, *, h, w] of 10c channels together, and reduce them to c.
+    def _fuse(self, maps: list[Tensor], *, plain: bool) -> Tensor:
+        """Concatenate maps [B, *, h, w] of 10c channels together, and reduce them to [B, c, h, w].
 
         Where no gradient is asked for, a band of rows at a time: their concatenation, the largest map of all, is never
-        whole, and the result is the same.
+        whole, and the result is the same. ``plain`` has it whole.
         """
 
         def fuse(first: int, last: int) -> Tensor:
@@ -155,11 +158,11 @@ class FeatureExtractor(nn.Module):
 
         batch, _, height, width = maps[0].shape
         rows = max(1, _FUSION_ELEMENTS // (batch * width * sum(part.shape[1] for part in maps)))
-        if self.training or torch.is_grad_enabled() or rows >= height:
+        if plain or self.training or torch.is_grad_enabled() or rows >= height:
             return fuse(0, height)
         bands = []
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             first, last = max(start - 1, 0), min(stop + 1, height)  # with the rows beside it that the 3x3 kernel reads
-            bands.append(fuse(first, last)[:, :, start - first : stop - first])
+            bands.append(fuse(first, last)[:, :, start - first : stop - first])  # [B, c, rows, w]
         return torch.cat(bands, dim=2)

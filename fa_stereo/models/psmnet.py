@@ -51,8 +51,8 @@ class PSMNet(nn.Module):
 
     Attributes:
         config: The model configuration; stored in every checkpoint.
-        plain: Store the cost volume and the upsampled score volume, as the formulas read. Slower, several times the
-            memory, the same function: the reference that the default is held against.
+        plain: Store the concatenated features, the cost volume and the upsampled score volume, as the formulas read.
+            Slower, several times the memory, the same function: the reference that the default is held against.
         volume_dtype: Type that the features are converted to for the cost volume; None leaves them as they are.
         activation_checkpointing: In training, keep the inputs of each part only and compute it again in the backward
             pass: less memory for about a third more time, the same gradients.
@@ -131,8 +131,11 @@ class PSMNet(nn.Module):
         if self.training or left.device.type == "cpu":
             # One pass per view, as PSMNet trains: batch norm takes its statistics from each view by itself. A CPU is
             # busy with one view anyway, in half the memory.
-            return self.features(left.to(dtype), run=run), self.features(right.to(dtype), run=run)
-        both = self.features(torch.cat([left, right]).to(dtype), run=run)
+            left_features, right_features = (
+                self.features(view.to(dtype), plain=self.plain, run=run) for view in (left, right)
+            )
+            return left_features, right_features
+        both = self.features(torch.cat([left, right]).to(dtype), plain=self.plain, run=run)
         left_features, right_features = both.chunk(2)
         return left_features, right_features
 

@@ -126,14 +126,17 @@ def test_features_fused_in_bands_are_those_of_the_whole(
 ) -> None:
     model = randomize(build_model(tiny(attention_slots=["res4", "pyramid"])).double().eval()).to(device)
     pictures = torch.randn(2, 3, 64, 80, dtype=torch.float64, device=device)
-    expected = model.features(pictures)  # with a gradient: whole
+    whole = model.features(pictures)  # with a gradient
     monkeypatch.setattr(features, "_FUSION_ELEMENTS", rows * 2 * 20 * 10 * model.config.base_channels)
     calls = []
     model.features.fusion.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
+        plain = model.features(pictures, plain=True)
+        assert len(calls) == 1
         found = model.features(pictures)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    assert len(calls) == -(-16 // rows)
+    assert len(calls) == 1 - (-16 // rows)
+    torch.testing.assert_close(plain, whole, atol=1e-12, rtol=0)
+    torch.testing.assert_close(found, plain, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(
