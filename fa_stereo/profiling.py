@@ -44,6 +44,9 @@ and inference on all of some given pairs, one after another."""
 PATHS = ("plain", "fast", "compiled", "graph")
 """How it can be computed: plainly, fast, and fast through torch.compile or as a CUDA graph."""
 
+BENCHMARK_PRECISIONS = ("fp64", *INFERENCE_PRECISIONS)
+"""What can be computed in: float64, to tell how exact the others are, for the plain path alone."""
+
 COMPILED_PARTS = ("features", "aggregation", "network", "training_step", "pairs")
 """Parts in which there is anything for torch.compile."""
 
@@ -59,7 +62,7 @@ class Task:
         part: One of ``PARTS``.
         path: One of ``PATHS``; ``compiled`` for ``COMPILED_PARTS`` alone, ``graph`` for the network on CUDA.
         precision: fp32; bf16 or fp16 are weights of that type in the fast path's inference, else autocast;
-            ``mixed`` for the fast path of the whole network alone.
+            ``mixed`` for the fast path of the whole network alone, fp64 for the plain path's inference alone.
         height: In pixels, of a picture or training crop.
         width: In pixels.
         batch: Pairs at once.
@@ -90,9 +93,11 @@ class Task:
     example: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("part", PARTS), ("path", PATHS), ("precision", INFERENCE_PRECISIONS)):
+        for name, choices in (("part", PARTS), ("path", PATHS), ("precision", BENCHMARK_PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.precision == "fp64" and (self.path != "plain" or self.part == "training_step"):
+            raise InputError(f"fp64 is for the plain path's inference, got {self.part} ({self.path})")
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 raise InputError(f"the {name} must be a positive multiple of 16, got {getattr(self, name)}")
@@ -111,13 +116,13 @@ class Measurement:
         seconds: Of every repetition, after one to warm up.
         peak_bytes: Largest memory: of the process (resident), or on the GPU what PyTorch allocated.
         extra_bytes: That, less what was in use before the first run: process, weights and inputs.
-        result: The last output as float32, to compare variants; None for the training step.
+        result: The last output, float32 (float64 in fp64), to compare variants; None for the training step.
     """
 
     seconds: list[float]
     peak_bytes: int
     extra_bytes: int
-    result: np.ndarray[Any, np.dtype[np.float32]] | None
+    result: np.ndarray[Any, np.dtype[np.floating]] | None
 
     @property
     def median_seconds(self) -> float:
@@ -136,9 +141,11 @@ def build_run(task: Task) -> Callable[[], Tensor | None]:
     model = _build_model(task).to(device)
     if task.part == "training_step":
         return _training_step(task, model)
-    autocast = task.path == "plain" and task.precision != "fp32"
+    autocast = task.path == "plain" and task.precision not in ("fp32", "fp64")
     if task.path != "plain":
         model = optimize_for_inference(model, task.precision)
+    elif task.precision == "fp64":
+        model = model.double()
     if task.path == "compiled":
         compile_network(model)
     model.plain = task.path == "plain"
@@ -146,7 +153,7 @@ def build_run(task: Task) -> Callable[[], Tensor | None]:
         compute = _inference_part(task, model)
 
     def run() -> Tensor:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=DTYPES[task.precision], enabled=autocast):
+        with torch.inference_mode(), torch.autocast(device.type, dtype=DTYPES.get(task.precision), enabled=autocast):
             return compute()
 
     return run
@@ -165,7 +172,8 @@ def _build_model(task: Task) -> PSMNet:
 
 def _inference_part(task: Task, model: PSMNet) -> Callable[[], Tensor]:
     plain = task.path == "plain"
-    dtype = torch.float32 if plain else DTYPES[task.precision]
+    full = torch.float64 if task.precision == "fp64" else torch.float32  # of pictures and scores
+    dtype = full if plain else DTYPES[task.precision]
     config, generator = model.config, torch.Generator().manual_seed(1)
     channels, depths = config.base_channels, config.max_disparity // 4
     height4, width4 = task.height // 4, task.width // 4
@@ -175,13 +183,13 @@ def _inference_part(task: Task, model: PSMNet) -> Callable[[], Tensor]:
         return values if plain else values.contiguous(memory_format=memory_format)
 
     if task.part in ("network", "features"):
-        left, right = _example_views(task)
+        left, right = (view.to(full) for view in _example_views(task))
         if task.part == "features":
             return lambda: torch.cat(model.extract_features(left, right))
         network = record_cuda_graph(model, left, right) if task.path == "graph" else model
         return lambda: network(left, right)
     if task.part == "pairs":
-        pairs = [[view.to(task.device) for view in read_views(*files)] for files in task.pictures]
+        pairs = [[view.to(task.device, full) for view in read_views(*files)] for files in task.pictures]
         return lambda: torch.cat([model(left, right).flatten() for left, right in pairs])
     if task.part == "first_convolution":
         left, right = (
@@ -194,7 +202,7 @@ def _inference_part(task: Task, model: PSMNet) -> Callable[[], Tensor]:
         volume = random(task.batch, channels, depths, height4, width4, memory_format=torch.channels_last_3d).relu()
         # The fast path overwrites its input: each repetition gets another copy.
         return lambda: model.aggregation(volume if plain else volume.clone(), plain=plain)[-1]
-    logits = 10 * torch.randn(task.batch, depths, height4, width4, generator=generator).to(task.device)
+    logits = 10 * torch.randn(task.batch, depths, height4, width4, generator=generator).to(task.device, full)
     regress = regress_disparity_reference if plain else regress_disparity
     return lambda: regress(logits, config.max_disparity, task.height, task.width, align_corners=config.align_corners)
 
@@ -286,7 +294,8 @@ def serve(task: Task, result_path: Path, requests: IO[str], replies: IO[str]) ->
             torch.cuda.empty_cache()  # the other processes need the GPU's memory in their turn
     peak = peak_memory(task.device)
     if result is not None:
-        np.save(result_path, result.float().cpu().contiguous().numpy())
+        result = result.to(torch.promote_types(result.dtype, torch.float32))
+        np.save(result_path, result.cpu().contiguous().numpy())
     print(json.dumps({"peak_bytes": peak, "extra_bytes": max(peak - before, 0)}), file=replies, flush=True)
 
 

@@ -90,6 +90,7 @@ def test_a_failing_process_says_why(tmp_path) -> None:
         ({"part": "everything"}, "part must be one of"),
         ({"path": "slow"}, "path must be one of"),
         ({"precision": "int8"}, "precision must be one of"),
+        ({"precision": "fp64"}, "fp64 is for the plain path's inference"),
         ({"height": 40}, "height must be a positive multiple of 16, got 40"),
         ({"width": 0}, "width must be a positive multiple of 16"),
     ],

@@ -30,13 +30,15 @@ the processes take turns; medians are reported.
   peak       largest memory: resident, of the whole process; on a GPU what PyTorch allocated
   extra      that, less what process, weights and inputs take
   deviation  of the output from the plain one in fp32: px for network, pairs and regression, else relative to its
-             largest value; of the network it says something only with trained weights (--weights, --checkpoint)
+             largest value; of the network it says something only with trained weights (--weights, --checkpoint);
+             --plain-precisions fp64,fp32 gives that from float64 instead, the plain path's own too
 
 Low precision is autocast in the plain path, and in the fast path weights of that type (in training autocast too);
 mixed is bf16 after features in fp32. A training step in fp16 is measured on a GPU alone.
 --pairs measures inference on pictures of your own too, whatever their sizes: above all how far low precision moves
 disparity in px on real ones. --compile and --cuda-graph (on a GPU) measure the fast path in these ways as well."""
 
+PLAIN_PRECISIONS = ("fp64", *PRECISIONS)
 IN_PIXELS = ("network", "regression", "pairs")
 COLOURS = {"plain": "#9aa5b1", "fast": "#1f77b4", "compiled": "#2a9d8f", "graph": "#8e6bbf"}
 WITH_RATE = ("network", "training_step", "pairs")
@@ -59,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precisions", default="fp32", metavar="LIST",
                         help="of the fast path: any of fp32,bf16,fp16,mixed")  # fmt: skip
     parser.add_argument("--plain-precisions", default="fp32", metavar="LIST",
-                        help="of the plain path: any of fp32,bf16,fp16, beginning with fp32")  # fmt: skip
+                        help="of the plain path: any of fp32,bf16,fp16, the first the reference of the deviations: "
+                             "fp32, or fp64 before it")  # fmt: skip
     parser.add_argument("--speedup-over", default="fp32", metavar="NAME",
                         help="the precision of the plain path that speedups refer to (default fp32)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="also measure the fast path through torch.compile")
@@ -192,9 +195,11 @@ def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: s
     ):
         if wanted and not {*where} & {*parts}:
             raise InputError(f"{option} changes none of --parts {arguments.parts}: add one of {', '.join(where)}")
-    plain = _names(arguments.plain_precisions, PRECISIONS, "--plain-precisions")
-    if plain[0] != "fp32":
-        raise InputError(f"--plain-precisions begins with fp32, the reference, got {arguments.plain_precisions}")
+    plain = _names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
+    if plain[0] != "fp32" and plain[:2] != ("fp64", "fp32"):
+        raise InputError(f"--plain-precisions begins with fp32 or fp64,fp32, got {arguments.plain_precisions}")
+    if "fp64" in plain[1:]:
+        raise InputError(f"--plain-precisions names fp64, the reference, first, got {arguments.plain_precisions}")
     if arguments.speedup_over not in plain:
         raise InputError(f"--speedup-over must be one of --plain-precisions, got {arguments.speedup_over}")
 
@@ -219,16 +224,19 @@ def _variants(arguments: argparse.Namespace, part: str) -> list[tuple[str, str]]
     from fa_stereo.profiling import COMPILED_PARTS
 
     precisions = _names(arguments.precisions, INFERENCE_PRECISIONS, "--precisions")
-    plain_precisions = _names(arguments.plain_precisions, PRECISIONS, "--plain-precisions")
+    plain_precisions = _names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
     if part in ("features", "first_convolution", "aggregation", "training_step"):  # mixed is nothing new there
         precisions = tuple(name for name in precisions if name != "mixed")
+    if part == "training_step":
+        plain_precisions = tuple(name for name in plain_precisions if name != "fp64")
     if part == "training_step" and choose_device(arguments.device).type == "cpu":
         # Without hardware for it, convolutions take minutes backward.
         precisions, plain_precisions = (
             tuple(name for name in names if name != "fp16") for names in (precisions, plain_precisions)
         )
     if part == "regression":  # computed in float32 whatever the precision of the rest
-        plain_precisions = precisions = ("fp32",)
+        precisions = ("fp32",)
+        plain_precisions = tuple(name for name in plain_precisions if name in ("fp64", "fp32"))
     paths = {"plain": plain_precisions, "fast": precisions}
     if arguments.compile and part in COMPILED_PARTS:
         paths["compiled"] = precisions

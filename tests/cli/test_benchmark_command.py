@@ -50,6 +50,25 @@ def test_the_network_of_a_file_and_the_base_of_speedups(checkpoint: Path, tmp_pa
     assert [row["speedup"] == 1 for row in regression] == [True, False]  # there is no other plain one
 
 
+def test_deviations_from_float64(checkpoint: Path, tmp_path: Path) -> None:
+    options = ["--parts", "regression,network,training_step", "--checkpoint", str(checkpoint), "--sizes", "32x64",
+               "--training-size", "32x64", "--plain-precisions", "fp64,fp32", "--repeats", "1", "--threads", "1",
+               "--device", "cpu", "-o", str(tmp_path)]  # fmt: skip
+    assert main(["benchmark", *options]) == 0
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    variants = [(row["part"], row["path"], row["precision"]) for row in rows]
+    both = [("plain", "fp64"), ("plain", "fp32"), ("fast", "fp32")]
+    assert variants == [(part, *variant) for part in ("regression", "network") for variant in both] + [
+        ("training_step", *variant) for variant in both[1:]
+    ]
+    for row in rows[:6]:
+        if row["precision"] == "fp64":
+            assert row["largest_deviation"] == 0
+        else:  # both are rounded, and by float32 alone
+            assert 0 < row["mean_deviation"] < row["largest_deviation"] < 1e-3
+    assert [row["speedup"] for row in rows if row["path"] == "plain" and row["precision"] == "fp32"] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -68,7 +87,10 @@ def test_the_network_of_a_file_and_the_base_of_speedups(checkpoint: Path, tmp_pa
         (["--parts", "regression", "--compile"], "--compile changes none of --parts regression"),
         (["--parts", "network", "--activation-checkpointing"], "--activation-checkpointing changes none of"),
         (["--cuda-graph"], "--cuda-graph needs a GPU"),
-        (["--plain-precisions", "bf16"], "--plain-precisions begins with fp32"),
+        (["--plain-precisions", "bf16"], "--plain-precisions begins with fp32 or fp64,fp32, got bf16"),
+        (["--plain-precisions", "fp64"], "--plain-precisions begins with fp32 or fp64,fp32, got fp64"),
+        (["--plain-precisions", "fp32,fp64"], "--plain-precisions names fp64, the reference, first"),
+        (["--precisions", "fp64"], "--precisions takes any of fp32,bf16,fp16,mixed, got 'fp64'"),
         (["--speedup-over", "bf16"], "--speedup-over must be one of --plain-precisions"),
         (["--weights", "small"], "--base-channels is for fresh weights"),
     ],
