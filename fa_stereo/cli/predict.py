@@ -1,9 +1,8 @@
-"""``fa-stereo predict``: disparity of one picture pair, of two folders, or of two glob patterns."""
+"""``fa-stereo predict``: disparity, depth and points of one picture pair, of two folders, or of two glob patterns."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import tempfile
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fa_stereo.cli.cameras import Cameras, add_camera_arguments
 from fa_stereo.errors import InputError, RangeError
 from fa_stereo.weights import list_weights
 
@@ -24,17 +24,26 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Predicts the disparity of the left view of rectified pairs and writes it in the formats asked for:
 
-  png    coloured picture: far is blue, near is red; from 0 to the 99.5th percentile of the picture
-  pfm    32-bit float, pixels (Scene Flow, Middlebury, ETH3D)
-  kitti  16-bit PNG named NAME_kitti.png: disparity * 256, 0 = no value
-  npy    NumPy float32 [H, W], pixels
+  png       coloured picture: far is blue, near is red; from 0 to the 99.5th percentile of the picture
+  pfm       32-bit float, pixels (Scene Flow, Middlebury, ETH3D)
+  kitti     16-bit PNG named NAME_kitti.png: disparity * 256, 0 = no value
+  npy       NumPy float32 [H, W], pixels
+  depth_m   NAME_depth_m.npy: NumPy float32 [H, W], metres; inf where the disparity is 0
+  depth_mm  NAME_depth_mm.png: 16-bit PNG, millimetres; 0 = no value, or 65.5 m and more
+  ply       coloured point cloud of the left view, metres: x to the right, y down, z forward
+
+The last three need the cameras: --calibration FILE, or --focal-length-px and --baseline-m.
 
 LEFT and RIGHT are two pictures, two folders, or two quoted glob patterns, paired by name.
 A pair whose matched corners lie in different rows, or the wrong way round, is reported on stderr as looking
 unrectified or swapped (see fa_stereo/rectification.py for how this is judged); it is predicted all the same."""
 
-FORMATS = ("png", "pfm", "kitti", "npy")
-SUFFIXES = {"png": ".png", "pfm": ".pfm", "kitti": "_kitti.png", "npy": ".npy"}
+SUFFIXES = {
+    "png": ".png", "pfm": ".pfm", "kitti": "_kitti.png", "npy": ".npy", "depth_m": "_depth_m.npy",
+    "depth_mm": "_depth_mm.png", "ply": ".ply",
+}  # fmt: skip
+FORMATS = tuple(SUFFIXES)
+FILE_SUFFIXES = (".png", ".pfm", ".npy", ".ply")  # of a single result whose name is given
 DEFAULT_FORMATS = "png,pfm"
 MOST_WARNINGS = 5
 
@@ -48,11 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("right", metavar="RIGHT", help="right picture, folder or quoted glob pattern")
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT",
-        help="folder for the results; for a single pair also a file ending in .png, .pfm or .npy",
+        help="folder for the results; for a single pair also a file ending in .png, .pfm, .npy or .ply",
     )  # fmt: skip
     parser.add_argument(
         "--formats", metavar="LIST", help=f"any of {','.join(FORMATS)}, separated by commas (default {DEFAULT_FORMATS})"
     )
+    add_camera_arguments(parser)
     add_predictor_arguments(parser)
     return parser
 
@@ -111,13 +121,15 @@ def main(argv: list[str]) -> int:
     folder = single_file.parent if single_file else Path(arguments.output)
     outputs = {pair.name: output_paths(folder, pair.name, formats) for pair in pairs}
     if single_file:
-        outputs = {pairs[0].name: {single_file: single_file.suffix.lower()[1:]}}
+        formats = (single_file.suffix.lower()[1:],)
+        outputs = {pairs[0].name: {single_file: formats[0]}}
     check_outputs(pairs, outputs)
+    cameras = Cameras(arguments, formats)
     predictor = load_named_predictor(arguments)
     if len(pairs) > 1:
         prepare_output_folder(folder)
-        return _predict_many(predictor, pairs, folder, outputs)
-    _predict_one(predictor, pairs[0], folder, outputs[pairs[0].name])
+        return _predict_many(predictor, pairs, folder, outputs, cameras)
+    _predict_one(predictor, pairs[0], folder, outputs[pairs[0].name], cameras)
     return 0
 
 
@@ -171,25 +183,35 @@ def prepare_output_folder(folder: Path) -> None:
         raise InputError(f"{folder}: this folder cannot be written ({reason}); choose another with -o") from error
 
 
-def write_disparity(path: Path, disparity: NDArray[np.float32], kind: str) -> None:
-    """Write a disparity map in one of ``FORMATS``, whole or not at all.
+def _write_result(
+    path: Path, kind: str, left: NDArray[np.uint8], disparity: NDArray[np.float32], cameras: Cameras
+) -> None:
+    """Write what follows from disparity [H, W] in one of ``FORMATS``, whole or not at all.
 
     Raises:
-        InputError: The file cannot be written, or the format cannot hold the values.
+        RangeError: The format cannot hold the values.
+        InputError: The file cannot be written.
     """
-    from fa_stereo.data.formats import write_bytes, write_kitti_disparity, write_pfm, write_picture
+    from fa_stereo.data import formats
+    from fa_stereo.geometry import disparity_to_depth, point_cloud
     from fa_stereo.visualization import colorize_disparity
 
-    def write_npy() -> None:
-        buffer = io.BytesIO()
-        np.save(buffer, disparity)
-        write_bytes(path, buffer.getvalue())
+    def depth_m() -> NDArray[np.float32]:
+        calibration = cameras.of_pictures(*disparity.shape)
+        return disparity_to_depth(disparity, calibration.focal_length_px, calibration.baseline_m, calibration.doffs_px)
+
+    def write_points() -> None:
+        points_m, mask = point_cloud(disparity, cameras.of_pictures(*disparity.shape), cameras.max_depth_m)
+        formats.write_ply(path, points_m, left[mask])
 
     writers: dict[str, Callable[[], None]] = {
-        "png": lambda: write_picture(path, colorize_disparity(disparity)),
-        "pfm": lambda: write_pfm(path, disparity),
-        "kitti": lambda: write_kitti_disparity(path, disparity),
-        "npy": write_npy,
+        "png": lambda: formats.write_picture(path, colorize_disparity(disparity)),
+        "pfm": lambda: formats.write_pfm(path, disparity),
+        "kitti": lambda: formats.write_kitti_disparity(path, disparity),
+        "npy": lambda: formats.write_npy(path, disparity),
+        "depth_m": lambda: formats.write_npy(path, depth_m()),
+        "depth_mm": lambda: formats.write_depth_mm(path, depth_m()),
+        "ply": write_points,
     }
     writers[kind]()
 
@@ -198,8 +220,10 @@ def _single_output_file(output: str, formats: str | None, pairs: int) -> Path | 
     """Return OUT if it means one file rather than a folder."""
     path = Path(output)
     if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff") and not path.is_dir():
-        raise InputError(f"-o {output}: a result can be written as .png, .pfm or .npy; name one of these, or a folder")
-    if path.suffix.lower() not in (".png", ".pfm", ".npy") or path.is_dir():
+        raise InputError(
+            f"-o {output}: a result can be written as .png, .pfm, .npy or .ply; name one of these, or a folder"
+        )
+    if path.suffix.lower() not in FILE_SUFFIXES or path.is_dir():
         return None
     if pairs > 1:
         raise InputError(f"-o {output} is a file, but there are {pairs} pairs: give a folder")
@@ -245,12 +269,15 @@ def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
     )
 
 
-def _predict_one(predictor: DisparityPredictor, pair: PicturePair, folder: Path, outputs: dict[Path, str]) -> None:
+def _predict_one(
+    predictor: DisparityPredictor, pair: PicturePair, folder: Path, outputs: dict[Path, str], cameras: Cameras
+) -> None:
     from fa_stereo.data.formats import read_picture_pair
     from fa_stereo.inference import check_pair
     from fa_stereo.rectification import judge_pair
 
     left, right = check_pair(*read_picture_pair(pair.left_path, pair.right_path))
+    cameras.check(*left.shape[:2])
     prepare_output_folder(folder)
     judgement = judge_pair(left, right)
     for sentence in judgement.warnings if judgement else []:
@@ -262,12 +289,16 @@ def _predict_one(predictor: DisparityPredictor, pair: PicturePair, folder: Path,
         f"{prediction.seconds:.2f} s on {prediction.device} in {prediction.precision}"
     )
     for path, kind in outputs.items():
-        write_disparity(path, disparity, kind)
+        _write_result(path, kind, left, disparity, cameras)
         print(path)
 
 
 def _predict_many(
-    predictor: DisparityPredictor, pairs: list[PicturePair], folder: Path, outputs: dict[str, dict[Path, str]]
+    predictor: DisparityPredictor,
+    pairs: list[PicturePair],
+    folder: Path,
+    outputs: dict[str, dict[Path, str]],
+    cameras: Cameras,
 ) -> int:
     """Predict all pairs; one that cannot be read is reported and passed over.
 
@@ -287,6 +318,7 @@ def _predict_many(
         for pair in progress:
             try:
                 left, right = read_picture_pair(pair.left_path, pair.right_path)
+                cameras.check(*left.shape[:2])
                 judgement = judge_pair(left, right)
                 prediction = predictor(left, right)
             except InputError as error:
@@ -301,7 +333,7 @@ def _predict_many(
             try:
                 for path, kind in outputs[pair.name].items():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    write_disparity(path, prediction.disparity, kind)
+                    _write_result(path, kind, left, prediction.disparity, cameras)
             except RangeError as error:  # this pair's alone; a folder that cannot be written ends it all
                 failed.append(pair.name)
                 tqdm.write(f"failed: {pair.name}: {error}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,9 +333,10 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _write_array(path: Path, tensor: Tensor) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, _numpy(tensor))
-    _write(path, buffer.getvalue())
+    from fa_stereo.data.formats import write_npy
+
+    write_npy(path, _numpy(tensor))
+    print(path)
 
 
 def _write_sheet(path: Path, panels: list[Panel], columns: int, *, signed: bool) -> None:

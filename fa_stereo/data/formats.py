@@ -1,4 +1,4 @@
-"""Files of pictures and disparities: ordinary pictures, PFM, KITTI's 16-bit PNG, NumPy, 8-bit disparity pictures.
+"""Files of pictures, disparities, depth and points: PFM, KITTI's 16-bit PNG, NumPy, 8-bit disparity pictures, PLY.
 
 Pictures are uint8 RGB [H, W, 3]. Disparities are float32 [H, W] in pixels, zero or more, with ``inf`` where there is no
 ground truth. Whatever is wrong with a file is an ``InputError`` that names it.
@@ -366,11 +366,7 @@ def write_kitti_disparity(path: str | Path, disparity: NDArray[np.floating[Any]]
             f"{path}: a disparity of {values.max() / 256:.1f} px does not fit KITTI's 16-bit PNG (less than 256 px); "
             "use PFM or npy"
         )
-    encoded = np.where(known, np.maximum(values, 1), 0).astype(np.uint16)
-    written, content = cv2.imencode(".png", encoded)
-    if not written:
-        raise InputError(f"{path}: the disparity could not be encoded as PNG")
-    write_bytes(path, content.tobytes())
+    _write_16_bit_png(path, np.where(known, np.maximum(values, 1), 0).astype(np.uint16))
 
 
 def read_scaled_disparity(path: str | Path, divisor: float) -> NDArray[np.float32]:
@@ -419,3 +415,61 @@ def _read_npy(path: str | Path) -> NDArray[np.float32]:
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "fiu":
         raise InputError(f"{path}: a disparity is an array [H, W] of numbers")
     return np.asarray(values, dtype=np.float32)
+
+
+def write_npy(path: str | Path, values: NDArray[Any]) -> None:
+    """Write an array in NumPy's format.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    write_bytes(path, buffer.getvalue())
+
+
+def _write_16_bit_png(path: str | Path, values: NDArray[np.uint16]) -> None:
+    written, content = cv2.imencode(".png", values)
+    if not written:
+        raise InputError(f"{path}: this map could not be encoded as PNG")
+    write_bytes(path, content.tobytes())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# depth and points
+
+
+def write_depth_mm(path: str | Path, depth_m: NDArray[np.floating[Any]]) -> None:
+    """Write a 16-bit PNG of depth in millimetres, as RGB-D software reads it.
+
+    0 = no value: where the depth is not finite, or is not below 65.5355 m, which 16 bits do not hold.
+
+    Args:
+        path: A PNG file.
+        depth_m: Distance from the cameras' plane in metres, [H, W].
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    values = np.rint(np.where(np.isfinite(depth_m), depth_m, 0).astype(np.float64) * 1000)
+    _write_16_bit_png(path, np.where(values <= 65535, values, 0).astype(np.uint16))
+
+
+def write_ply(path: str | Path, points_m: NDArray[np.floating[Any]], colors: NDArray[np.uint8]) -> None:
+    """Write a coloured point cloud as binary PLY.
+
+    Args:
+        path: A PLY file.
+        points_m: [N, 3], x, y, z in metres.
+        colors: uint8 RGB [N, 3].
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    vertex = np.dtype([("place", "<f4", 3), ("color", "u1", 3)])
+    vertices = np.empty(len(points_m), vertex)
+    vertices["place"], vertices["color"] = points_m, colors
+    properties = [*(f"float {axis}" for axis in "xyz"), *(f"uchar {channel}" for channel in ("red", "green", "blue"))]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}"]
+    lines = [*header, *(f"property {name}" for name in properties), "end_header", ""]
+    write_bytes(path, "\n".join(lines).encode("ascii") + vertices.tobytes())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fa_stereo.cli.main import main
 from fa_stereo.cli.predict import parse_formats
@@ -203,10 +204,115 @@ def test_options_reach_the_predictor(tmp_path: Path, checkpoint: Path, capsys: p
     np.testing.assert_array_equal(np.load(out), expected.disparity)
 
 
+CALIBRATION = """cam0=[100 0 30.5; 0 100 20.25; 0 0 1]
+cam1=[100 0 33.5; 0 100 20.25; 0 0 1]
+doffs=3
+baseline=250
+"""
+
+
+def test_depth_and_points(tmp_path: Path, checkpoint: Path) -> None:
+    write_pair(tmp_path / "a_left.png", tmp_path / "a_right.png")
+    (tmp_path / "calib.txt").write_text(CALIBRATION)
+    pair = (tmp_path / "a_left.png", tmp_path / "a_right.png")
+    out = tmp_path / "out"
+    options = ("-o", out, "--formats", "npy,depth_m,depth_mm,ply", "--calibration", tmp_path / "calib.txt")
+    assert predict(*pair, *options, "--checkpoint", checkpoint) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["a.npy", "a.ply", "a_depth_m.npy", "a_depth_mm.png"]
+    disparity, depth_m = np.load(out / "a.npy"), np.load(out / "a_depth_m.npy")
+    np.testing.assert_allclose(depth_m, 100 * 0.25 / (disparity.astype(np.float64) + 3), rtol=1e-6)
+    depth_mm = np.asarray(Image.open(out / "a_depth_mm.png"))
+    np.testing.assert_allclose(depth_mm, 1000 * depth_m, atol=0.51)
+    points_m, colors = read_ply(out / "a.ply")
+    assert len(points_m) == disparity.size
+    np.testing.assert_allclose(points_m[:, 2], depth_m.ravel(), rtol=1e-6)
+    rows, columns = np.indices(disparity.shape).reshape(2, -1)
+    np.testing.assert_allclose(100 * points_m[:, 0] / points_m[:, 2] + 30.5, columns, atol=1e-3)
+    np.testing.assert_allclose(100 * points_m[:, 1] / points_m[:, 2] + 20.25, rows, atol=1e-3)
+    np.testing.assert_array_equal(colors, read_picture(pair[0]).reshape(-1, 3))
+
+
+def test_points_of_two_pairs_from_numbers(tmp_path: Path, checkpoint: Path) -> None:
+    for index, size in enumerate(((48, 64), (32, 80))):
+        write_pair(tmp_path / f"left/{index}.png", tmp_path / f"right/{index}.png", seed=index, size=size)
+    pairs = (tmp_path / "left", tmp_path / "right")
+    cameras = ("--focal-length-px", "50", "--baseline-m", "0.5", "--checkpoint", checkpoint)
+    assert predict(*pairs, "-o", tmp_path / "out", "--formats", "npy,ply", *cameras) == 0
+    for index in range(2):  # the principal point in the middle of each
+        disparity = np.load(tmp_path / f"out/{index}.npy")
+        points_m, _ = read_ply(tmp_path / f"out/{index}.ply")
+        x, y, z = points_m.reshape(*disparity.shape, 3).transpose(2, 0, 1)
+        np.testing.assert_allclose(z, 25 / disparity, rtol=1e-6)
+        np.testing.assert_allclose(x[:, 0] / z[:, 0], -(disparity.shape[1] - 1) / 100, rtol=1e-5)
+        np.testing.assert_allclose(y[0] / z[0], -(disparity.shape[0] - 1) / 100, rtol=1e-5)
+    nearest, farthest = z.min(), z.max()
+    limit = (nearest + farthest) / 2
+    one = (tmp_path / "left/1.png", tmp_path / "right/1.png")
+    assert predict(*one, "-o", tmp_path / "near.ply", "--max-depth-m", limit, *cameras) == 0
+    near, _ = read_ply(tmp_path / "near.ply")
+    np.testing.assert_array_equal(near, points_m[points_m[:, 2] <= limit])
+    assert 0 < len(near) < len(points_m)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--formats", "ply"], "ply needs the cameras: add --calibration FILE, or --focal-length-px and --baseline-m"),
+        (["--formats", "depth_m", "--baseline-m", "1"], "depth_m needs the cameras"),
+        (["--baseline-m", "1"], "--baseline-m is for --formats depth_m, depth_mm, ply: add one, or leave it out"),
+        (["--calibration", "none.txt"], "--calibration is for --formats depth_m"),
+        (["--formats", "ply", "--calibration", "none.txt"], "none.txt: no such file"),
+        (["--formats", "ply", "--calibration", "none.txt", "--doffs-px", "1"], "--calibration says what --doffs-px"),
+        (["--formats", "ply", "--focal-length-px", "-5", "--baseline-m", "1"], "focal_length_px must be positive"),
+        (["--formats", "ply", "--focal-length-px", "5", "--baseline-m", "1", "--cx-px", "900"],
+         "the principal point (900, 23.5) lies outside of the 64x48 picture"),
+        (["--formats", "depth_m", "--focal-length-px", "5", "--baseline-m", "1", "--max-depth-m", "9"],
+         "--max-depth-m is for point clouds"),
+        (["--formats", "ply", "--focal-length-px", "5", "--baseline-m", "1", "--max-depth-m", "0"],
+         "--max-depth-m must be positive, got 0.0"),
+    ],
+)  # fmt: skip
+def test_unusable_cameras(
+    options: list[str], message: str, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pair(tmp_path / "a_left.png", tmp_path / "a_right.png")
+    arguments = (tmp_path / "a_left.png", tmp_path / "a_right.png", "-o", tmp_path / "out", "--checkpoint", checkpoint)
+    assert predict(*arguments, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_of_another_size_costs_no_pair_that_it_fits(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_three_pairs(tmp_path)
+    write_pair(tmp_path / "left/1.png", tmp_path / "right/1.png", size=(16, 64))
+    (tmp_path / "calib.txt").write_text(CALIBRATION)
+    options = ("-o", tmp_path / "out", "--formats", "depth_mm", "--calibration", tmp_path / "calib.txt")
+    assert predict(tmp_path / "left", tmp_path / "right", *options, "--checkpoint", checkpoint) == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0_depth_mm.png", "2_depth_mm.png"]
+    assert "failed: 1: the principal point (30.5, 20.25) lies outside of the 64x16 picture" in capsys.readouterr().err
+
+
+def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return points float32 [N, 3] and colours uint8 [N, 3], read by what the header says."""
+    header, body = path.read_bytes().split(b"end_header\n", 1)
+    lines = header.decode("ascii").splitlines()
+    assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
+    types = {"float": "<f4", "uchar": "u1"}
+    properties = [line.split() for line in lines if line.startswith("property")]
+    vertices = np.frombuffer(body, [(name, types[kind]) for _, kind, name in properties])
+    assert f"element vertex {len(vertices)}" in lines
+    return (
+        np.stack([vertices[name] for name in ("x", "y", "z")], axis=1),
+        np.stack([vertices[name] for name in ("red", "green", "blue")], axis=1),
+    )
+
+
 def test_formats_are_parsed() -> None:
     assert parse_formats(" PNG, npy,png") == ("png", "npy")
     for wrong in ("jpg", "png,exr", "", ","):
-        with pytest.raises(InputError, match="--formats takes any of png,pfm,kitti,npy"):
+        with pytest.raises(InputError, match="--formats takes any of png,pfm,kitti,npy,depth_m,depth_mm,ply"):
             parse_formats(wrong)
 
 
@@ -224,7 +330,7 @@ def test_result_cannot_be_a_jpeg(tmp_path: Path, capsys: pytest.CaptureFixture[s
         write_picture(tmp_path / name, np.zeros((32, 32, 3), np.uint8))
     views = [str(tmp_path / "left.png"), str(tmp_path / "right.png")]
     assert main(["predict", *views, "-o", str(tmp_path / "out.jpg")]) == 2
-    assert ".png, .pfm or .npy" in capsys.readouterr().err
+    assert ".png, .pfm, .npy or .ply" in capsys.readouterr().err
     assert not (tmp_path / "out.jpg").exists()
 
 

@@ -20,9 +20,11 @@ from fa_stereo.data.formats import (
     read_picture_pair,
     read_scaled_disparity,
     write_bytes,
+    write_depth_mm,
     write_kitti_disparity,
     write_pfm,
     write_picture,
+    write_ply,
 )
 from fa_stereo.errors import InputError
 
@@ -390,3 +392,19 @@ def test_real_disparities(shared_data: Path) -> None:
     assert 260 < driving.max() < 280
     assert 380 < monkaa.max() < 390
     assert driving[-1].mean() > driving[0].mean()  # the road is near, the sky far: not upside down
+
+
+# --- depth
+
+
+def test_depth_in_millimetres_has_no_value_where_16_bits_cannot_hold_it(tmp_path: Path) -> None:
+    depth_m = np.array([[1.2344, 1.2346, 65.5354, 65.536], [np.inf, np.nan, 1000, 0.001]], np.float32)
+    write_depth_mm(tmp_path / "d.png", depth_m)
+    stored = np.asarray(Image.open(tmp_path / "d.png"))
+    assert stored.tolist() == [[1234, 1235, 65535, 0], [0, 0, 0, 1]]
+    assert list(tmp_path.iterdir()) == [tmp_path / "d.png"]
+
+
+def test_a_point_cloud_without_points(tmp_path: Path) -> None:
+    write_ply(tmp_path / "none.ply", np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8))
+    assert (tmp_path / "none.ply").read_bytes().endswith(b"property uchar blue\nend_header\n")
