@@ -97,6 +97,7 @@ def test_bundled_weights_load_and_predict() -> None:
         predictor = fa_stereo.load_predictor(name, device="cpu")
         disparity = predictor(wide[:, :128], wide[:, 10:138]).disparity
         assert np.median(disparity[:, 24:]) == pytest.approx(10, abs=1)
+        assert fa_stereo.load_model(name).config == predictor.model.config
 
 
 def test_errors_of_input_are_value_errors() -> None:

@@ -97,7 +97,7 @@ def test_the_python_of_prediction_runs(tmp_path: Path, monkeypatch: pytest.Monke
     exec(PYTHON[0], names)
     assert names["disparity"].shape == (48, 64)
     assert names["disparity"].dtype == np.float32
-    assert names["model"].config.base_channels == 4
+    assert names["model"].config.base_channels == 16
 
 
 def test_the_python_of_attention_elsewhere_runs() -> None:

@@ -25,6 +25,7 @@ from fa_stereo.config import AttentionConfig, ModelConfig, from_plain, to_plain
 from fa_stereo.errors import InputError
 from fa_stereo.files import save_atomically
 from fa_stereo.models.psmnet import PSMNet, build_model
+from fa_stereo.weights import WEIGHT_NAMES, find_weights
 
 FORMAT = "fa_stereo weights"
 
@@ -88,7 +89,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> PSMNet:
     """Load a network from weights (``.safetensors``) or a training checkpoint (``.pt``; its averaged weights if any).
 
     Args:
-        path: The file.
+        path: The file, or as a string the name of bundled weights, ``small`` for example (``./small`` means the file).
         device: Where to put the network.
 
     Returns:
@@ -97,7 +98,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> PSMNet:
     Raises:
         InputError: The file is missing, damaged, or not a checkpoint of this project; it is never executed.
     """
-    path = Path(path)
+    path = find_weights(path) if isinstance(path, str) and path in WEIGHT_NAMES else Path(path)
     config, state = _read_model(path)
     try:
         with torch.device("meta"):  # compare the shapes before memory is taken: a file can claim any size

@@ -17,7 +17,7 @@ WEIGHT_NAMES = ("small", "full")
 def list_weights() -> list[str]:
     """Return the names of the weights bundled with this installation, e.g. ``["small"]``.
 
-    Each name is accepted by ``fa_stereo.load_predictor`` and by ``--weights`` on the command line.
+    Each name is accepted by ``fa_stereo.load_predictor`` and ``load_model``, and by ``--weights`` on the command line.
     """
     return [name for name in WEIGHT_NAMES if _file_of(name).is_file()]
 
