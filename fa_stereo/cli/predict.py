@@ -67,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose the weights and how they are run."""
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the weights; see ``named_weights``."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--weights",
@@ -77,6 +77,11 @@ def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
         "small)",
     )
     source.add_argument("--checkpoint", metavar="PATH", help="a file of your own (.safetensors or .pt)")
+
+
+def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the weights and how they are run."""
+    add_weights_arguments(parser)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--precision", default="auto", help="auto (default), fp32, bf16, fp16 or mixed")
     parser.add_argument(

@@ -45,9 +45,7 @@ def optimize_for_inference(model: PSMNet, precision: str = "fp32") -> PSMNet:
         raise InputError(f"precision must be one of {', '.join(INFERENCE_PRECISIONS)}, got {precision!r}")
     fast = copy.deepcopy(model).requires_grad_(False)
     fast.plain = False
-    for module in list(fast.modules()):
-        if isinstance(module, ConvNorm2d | ConvNorm3d | DeconvNorm3d):
-            fold_batch_norm(module)
+    fold_batch_norms(fast)
     if precision != "fp32":
         fast.volume_dtype = DTYPES[precision]
         _convert_convolutions(fast, fast.aggregation if precision == "mixed" else fast, DTYPES[precision])
@@ -94,6 +92,13 @@ def to_channels_last(model: PSMNet) -> PSMNet:
         elif isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
             module.to(memory_format=torch.channels_last_3d)
     return model
+
+
+def fold_batch_norms(model: PSMNet) -> None:
+    """Fold every batch norm of a network into the convolution before it, in place: see ``fold_batch_norm``."""
+    for module in list(model.modules()):
+        if isinstance(module, ConvNorm2d | ConvNorm3d | DeconvNorm3d):
+            fold_batch_norm(module)
 
 
 @torch.no_grad()

@@ -1,0 +1,149 @@
+"""The network as an ONNX file for other runtimes: pictures in, disparity out, for one size of picture.
+
+What is exported is the plain path with batch norm folded in: the network's own modules, but for the cost volume, which
+is gathered by indices instead of written slice by slice, so that it becomes three operations and not hundreds.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fa_stereo.config import to_plain
+from fa_stereo.data.transforms import normalize_images
+from fa_stereo.errors import InputError
+from fa_stereo.models.optimized import fold_batch_norms
+from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet
+
+OPSET = 18
+"""Of the operators used: old enough for the runtimes in use."""
+
+
+def gather_cost_volume(left: Tensor, right: Tensor, disparities: int) -> Tensor:
+    """Concatenate left features with right features shifted by each disparity, by indices and a mask.
+
+    The same as ``fa_stereo.models.cost_volume.build_cost_volume``.
+
+    Args:
+        left: [B, C, H, W].
+        right: [B, C, H, W].
+        disparities: D, in cells of this resolution.
+
+    Returns:
+        [B, 2C, D, H, W].
+    """
+    batch, channels, height, width = left.shape
+    column = torch.arange(width, device=left.device) - torch.arange(disparities, device=left.device)[:, None]  # [D, W]
+    shifted = right.index_select(3, column.clamp(min=0).flatten())  # [B, C, H, D W]
+    shifted = shifted.view(batch, channels, height, disparities, width).transpose(2, 3)  # [B, C, D, H, W]
+    seen = (column >= 0).to(left.dtype)[:, None]  # [D, 1, W]
+    return torch.cat([left[:, :, None] * seen, shifted * seen], dim=1)
+
+
+class OnnxNetwork(nn.Module):
+    """What is exported: pictures float32 [B, 3, H, W] RGB of 0 to 255 twice -> disparity float32 [B, H, W] in pixels.
+
+    Args:
+        model: The network; a copy of it is taken.
+    """
+
+    def __init__(self, model: PSMNet) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(model).cpu().requires_grad_(False)
+        self.network.plain = True
+        fold_batch_norms(self.network)
+        self.eval()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Estimate the left view's disparity."""
+        disparity: Tensor = self.network(normalize_images(left), normalize_images(right), score=self._score)
+        return disparity
+
+    def _score(self, left: Tensor, right: Tensor) -> list[Tensor]:
+        aggregation = self.network.aggregation
+        volume = gather_cost_volume(left, right, self.network.config.max_disparity // 4)
+        hidden = F.relu(aggregation.entry.conv1(volume))
+        scores: list[Tensor] = aggregation(F.relu(aggregation.entry.conv2(hidden)), plain=True)
+        return scores
+
+
+def export_onnx(model: PSMNet, height: int, width: int, batch: int = 1) -> bytes:
+    """Return the network as an ONNX model.
+
+    Its inputs are called ``left`` and ``right``: float32 [B, 3, H, W] RGB from 0 to 255; its output ``disparity``:
+    float32 [B, H, W] in pixels. The model's metadata has the key ``fa_stereo``: the model configuration as JSON.
+
+    Args:
+        model: The network.
+        height: Of the pictures in pixels, at least 16; no multiple of anything is asked for.
+        width: Likewise.
+        batch: Pairs at once.
+
+    Raises:
+        InputError: A size is refused, the packages onnx and onnxscript are missing, or the exporter failed.
+    """
+    if min(height, width) < SIZE_MULTIPLE:
+        raise InputError(f"pictures must be at least {SIZE_MULTIPLE}x{SIZE_MULTIPLE} pixels, got {width}x{height}")
+    if batch < 1:
+        raise InputError(f"the batch must be positive, got {batch}")
+    _need("onnx", "onnxscript")
+    # Two tensors: of one given twice the exporter would make one input.
+    examples = torch.zeros(batch, 3, height, width), torch.zeros(batch, 3, height, width)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of the exporter, about itself
+            program: Any = torch.onnx.export(
+                OnnxNetwork(model), examples, dynamo=True, verbose=False, opset_version=OPSET,
+                input_names=["left", "right"], output_names=["disparity"],
+            )  # fmt: skip
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"this network could not be exported: {reason}") from error
+    program.model.metadata_props["fa_stereo"] = json.dumps(to_plain(model.config))
+    buffer = io.BytesIO()
+    program.save(buffer)
+    return buffer.getvalue()
+
+
+def run_onnx(content: bytes, left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Run an exported model on the CPU by ONNX Runtime.
+
+    Args:
+        content: What ``export_onnx`` returned.
+        left: uint8 RGB [H, W, 3] of the size of the model, whose batch repeats it.
+        right: Likewise.
+
+    Returns:
+        Disparity [B, H, W].
+
+    Raises:
+        InputError: The package onnxruntime is missing.
+    """
+    _need("onnxruntime")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    feeds = {}
+    for entry, view in zip(session.get_inputs(), (left, right), strict=True):
+        picture = np.ascontiguousarray(view.transpose(2, 0, 1), dtype=np.float32)
+        feeds[entry.name] = np.broadcast_to(picture, entry.shape)
+    disparity: NDArray[np.float32] = session.run(None, feeds)[0]
+    return disparity
+
+
+def _need(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise InputError(f"this needs the package {package}: pip install '.[onnx]' brings it ({error})") from error
