@@ -27,6 +27,7 @@ class StereoCalibration:
         cx_px: Column of the left camera's principal point.
         cy_px: Row of the principal point (both cameras, since rectified).
         doffs_px: Column of the right principal point minus that of the left one (Middlebury's ``doffs``); often 0.
+        size_px: Width and height of the pictures it holds for; None if not known.
     """
 
     focal_length_px: float
@@ -34,15 +35,15 @@ class StereoCalibration:
     cx_px: float
     cy_px: float
     doffs_px: float = 0.0
+    size_px: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not self.focal_length_px > 0:
-            raise InputError(f"focal_length_px must be positive, got {self.focal_length_px}")
-        if not self.baseline_m > 0:
-            raise InputError(f"baseline_m must be positive, got {self.baseline_m}")
-        for name, value in vars(self).items():
-            if not math.isfinite(value):
-                raise InputError(f"{name} must be finite, got {value}")
+        for name in ("focal_length_px", "baseline_m"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("focal_length_px", "baseline_m", "cx_px", "cy_px", "doffs_px"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name} must be finite, got {getattr(self, name)}")
 
     def resized(self, scale_x: float, scale_y: float) -> StereoCalibration:
         """Return the calibration for pictures whose width and height were multiplied by these factors.
@@ -55,6 +56,7 @@ class StereoCalibration:
             cx_px=(self.cx_px + 0.5) * scale_x - 0.5,
             cy_px=(self.cy_px + 0.5) * scale_y - 0.5,
             doffs_px=self.doffs_px * scale_x,
+            size_px=self.size_px and (round(self.size_px[0] * scale_x), round(self.size_px[1] * scale_y)),
         )
 
 
@@ -78,9 +80,9 @@ def disparity_to_depth(
         [10.0, inf, nan]
     """
     shifted = np.asarray(disparity, np.float64) + doffs_px
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         depth = np.where(np.isfinite(shifted) & (shifted >= 0), focal_length_px * baseline_m / np.abs(shifted), np.nan)
-    result: NDArray[np.float32] = depth.astype(np.float32)
+        result: NDArray[np.float32] = depth.astype(np.float32)
     return result
 
 

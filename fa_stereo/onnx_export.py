@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import io
 import json
 import warnings
 from typing import Any
@@ -84,35 +83,41 @@ def export_onnx(model: PSMNet, height: int, width: int, batch: int = 1) -> bytes
     float32 [B, H, W] in pixels. The model's metadata has the key ``fa_stereo``: the model configuration as JSON.
 
     Args:
-        model: The network.
+        model: The network as ``load_model`` or ``build_model`` returns it.
         height: Of the pictures in pixels, at least 16; no multiple of anything is asked for.
         width: Likewise.
         batch: Pairs at once.
 
     Raises:
-        InputError: A size is refused, the packages onnx and onnxscript are missing, or the exporter failed.
+        InputError: A size is refused, packages are missing, or the exporter failed.
     """
     if min(height, width) < SIZE_MULTIPLE:
         raise InputError(f"pictures must be at least {SIZE_MULTIPLE}x{SIZE_MULTIPLE} pixels, got {width}x{height}")
     if batch < 1:
         raise InputError(f"the batch must be positive, got {batch}")
-    _need("onnx", "onnxscript")
-    # Two tensors: of one given twice the exporter would make one input.
-    examples = torch.zeros(batch, 3, height, width), torch.zeros(batch, 3, height, width)
+    check_packages()
     try:
+        # Two tensors: of one given twice the exporter would make one input.
+        examples = torch.zeros(batch, 3, height, width), torch.zeros(batch, 3, height, width)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of the exporter, about itself
             program: Any = torch.onnx.export(
-                OnnxNetwork(model), examples, dynamo=True, verbose=False, opset_version=OPSET,
+                OnnxNetwork(model), examples, dynamo=True, optimize=True, verbose=False, opset_version=OPSET,
                 input_names=["left", "right"], output_names=["disparity"],
             )  # fmt: skip
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        proto = program.model_proto
+    except Exception as error:  # packages that do not fit each other fail in many ways
         reason = " ".join(str(error.__cause__ or error).split())
-        raise InputError(f"this network could not be exported: {reason}") from error
-    program.model.metadata_props["fa_stereo"] = json.dumps(to_plain(model.config))
-    buffer = io.BytesIO()
-    program.save(buffer)
-    return buffer.getvalue()
+        raise InputError(
+            f"this network could not be exported for {batch} x {width}x{height}: {reason}; try a smaller size, or "
+            "other packages: pip install --upgrade '.[onnx]'"
+        ) from error
+    for item in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output, proto.graph):
+        del item.metadata_props[:]  # the exporter's notes: where on this machine the source code is
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = "fa_stereo", json.dumps(to_plain(model.config))
+    content: bytes = proto.SerializeToString()
+    return content
 
 
 def run_onnx(content: bytes, left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -120,29 +125,40 @@ def run_onnx(content: bytes, left: NDArray[np.uint8], right: NDArray[np.uint8]) 
 
     Args:
         content: What ``export_onnx`` returned.
-        left: uint8 RGB [H, W, 3] of the size of the model, whose batch repeats it.
+        left: uint8 RGB [B, H, W, 3], of the batch and size of the model.
         right: Likewise.
 
     Returns:
-        Disparity [B, H, W].
+        Disparity [B, H, W] in pixels.
 
     Raises:
-        InputError: The package onnxruntime is missing.
+        InputError: The package onnxruntime is missing, or it cannot run the model on these pictures.
     """
-    _need("onnxruntime")
+    check_packages()
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    feeds = {}
-    for entry, view in zip(session.get_inputs(), (left, right), strict=True):
-        picture = np.ascontiguousarray(view.transpose(2, 0, 1), dtype=np.float32)
-        feeds[entry.name] = np.broadcast_to(picture, entry.shape)
-    disparity: NDArray[np.float32] = session.run(None, feeds)[0]
+    feeds = {
+        name: np.ascontiguousarray(views.transpose(0, 3, 1, 2), dtype=np.float32)
+        for name, views in (("left", left), ("right", right))
+    }
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        disparity: NDArray[np.float32] = session.run(None, feeds)[0]
+    except Exception as error:  # its exceptions have no common type
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"ONNX Runtime cannot run the network: {reason}; try a smaller size, or another version of onnxruntime"
+        ) from error
     return disparity
 
 
-def _need(*packages: str) -> None:
-    for package in packages:
+def check_packages() -> None:
+    """Make sure that what exports and runs ONNX files is installed.
+
+    Raises:
+        InputError: A package is missing.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(package)
         except ImportError as error:

@@ -164,7 +164,7 @@ def _build_model(task: Task) -> PSMNet:
         attention = AttentionConfig(key_channels=2 * task.base_channels)
         model = build_model(ModelConfig(base_channels=task.base_channels, attention=attention))
     else:
-        model = load_model(task.weights)
+        model = load_model(Path(task.weights))  # a file, whatever it is called
     if task.max_disparity is not None:
         model.set_max_disparity(task.max_disparity)
     return model.eval()
@@ -178,8 +178,8 @@ def _inference_part(task: Task, model: PSMNet) -> Callable[[], Tensor]:
     channels, depths = config.base_channels, config.max_disparity // 4
     height4, width4 = task.height // 4, task.width // 4
 
-    def random(*shape: int, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        values = torch.randn(*shape, generator=generator).to(task.device, dtype)
+    def random(*shape: int, scale: float = 1.0, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        values = (scale * torch.randn(*shape, generator=generator)).to(task.device, dtype)
         return values if plain else values.contiguous(memory_format=memory_format)
 
     if task.part in ("network", "features"):
@@ -195,7 +195,7 @@ def _inference_part(task: Task, model: PSMNet) -> Callable[[], Tensor]:
         left, right = (
             random(task.batch, channels, height4, width4, memory_format=torch.channels_last) for _ in range(2)
         )
-        weight = random(channels, 2 * channels, 3, 3, 3) / (54 * channels) ** 0.5
+        weight = random(channels, 2 * channels, 3, 3, 3, scale=(54 * channels) ** -0.5)
         convolve = convolve_cost_volume_reference if plain else convolve_cost_volume
         return lambda: convolve(left, right, weight, depths)
     if task.part == "aggregation":

@@ -27,6 +27,7 @@ def test_depth_of_nothing_is_unknown_and_of_zero_infinite() -> None:
     depth = disparity_to_depth(np.array([0, math.inf, math.nan, -3]), 100, 1)
     assert depth[0] == math.inf
     assert np.isnan(depth[1:]).all()
+    assert disparity_to_depth(np.array([1e-37]), 1000, 1)[0] == math.inf  # farther than float32 can say
     assert disparity_to_depth(np.array([0.0]), 100, 1, doffs_px=20)[0] == 5
 
 

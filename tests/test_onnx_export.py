@@ -13,6 +13,7 @@ import torch
 from fa_stereo.cli.main import main
 from fa_stereo.config import AttentionConfig, ModelConfig, to_plain
 from fa_stereo.data.transforms import normalize_images
+from fa_stereo.errors import InputError
 from fa_stereo.models.cost_volume import build_cost_volume
 from fa_stereo.models.psmnet import build_model
 from fa_stereo.onnx_export import export_onnx, gather_cost_volume, run_onnx
@@ -32,6 +33,7 @@ def test_the_volume_by_indices(width: int, disparities: int) -> None:
     [
         ("factorized", "stacked_hourglass", False, (50, 70), 1),
         ("non_local", "basic", True, (32, 64), 2),
+        ("axial", "basic", False, (48, 32), 1),
         ("none", "basic", False, (16, 16), 1),
     ],
 )
@@ -41,7 +43,7 @@ def test_onnx_runtime_computes_the_same(
     torch.manual_seed(0)
     config = ModelConfig(
         base_channels=4, max_disparity=32, align_corners=align_corners, aggregation=aggregation,
-        attention=AttentionConfig(kind=kind, key_channels=8),
+        attention=AttentionConfig(kind=kind, key_channels=8, heads=2 if kind == "factorized" else 1),
     )  # fmt: skip
     model = build_model(config).eval()
     with torch.no_grad():  # neither the identity nor all disparities alike
@@ -52,14 +54,14 @@ def test_onnx_runtime_computes_the_same(
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.running_mean.normal_(std=0.1)
                 module.running_var.uniform_(0.5, 1.5)
-    left, right = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
-    views = [normalize_images(torch.from_numpy(view).permute(2, 0, 1)[None]) for view in (left, right)]
+    left, right = np.random.default_rng(0).integers(0, 256, (2, batch, *size, 3), dtype=np.uint8)
+    views = [normalize_images(torch.from_numpy(view).permute(0, 3, 1, 2)) for view in (left, right)]
     with torch.no_grad():
         expected = model(*views).numpy()
     content = export_onnx(model, *size, batch=batch)
     disparity = run_onnx(content, left, right)
     assert disparity.shape == (batch, *size)
-    np.testing.assert_allclose(disparity, np.repeat(expected, batch, axis=0), atol=1e-3)
+    np.testing.assert_allclose(disparity, expected, atol=1e-3)
     assert expected.std() > 0.1
 
     import onnx
@@ -70,18 +72,31 @@ def test_onnx_runtime_computes_the_same(
     assert [entry.name for entry in file.graph.output] == ["disparity"]
     assert {entry.key: json.loads(entry.value) for entry in file.metadata_props} == {"fa_stereo": to_plain(config)}
     assert not model.plain  # the network given is left alone
+    assert b"stack_trace" not in content  # where the exporter's source code lies
+    assert str(Path.cwd()).encode() not in content
+    with pytest.raises(InputError, match="ONNX Runtime cannot run the network"):
+        run_onnx(content, left[:, :-1], right[:, :-1])
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "net.onnx"
-    options = ["--checkpoint", str(checkpoint), "--height", "40", "--width", "72", "--max-disparity", "48"]
+    options = ["--checkpoint", str(checkpoint), "--height", "40", "--width", "72", "--max-disparity", "48",
+               "--batch", "3"]  # fmt: skip
     assert main(["export-onnx", "-o", str(out), *options]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{out}: ")
     assert "on the bundled pair at 72x40" in printed
     assert [path.name for path in out.parent.iterdir()] == ["net.onnx"]
-    disparity = run_onnx(out.read_bytes(), *np.zeros((2, 40, 72, 3), np.uint8))
-    assert disparity.shape == (1, 40, 72)
+    assert run_onnx(out.read_bytes(), *np.zeros((2, 3, 40, 72, 3), np.uint8)).shape == (3, 40, 72)
+
+
+def test_packages_that_do_not_fit_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'onnxscript._framework_apis.torch_9_9'")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(InputError, match=r"torch_9_9.* pip install --upgrade '\.\[onnx\]'"):
+        export_onnx(build_model(ModelConfig(base_channels=4, max_disparity=16)), 16, 16)
 
 
 def test_a_file_that_computes_something_else_is_not_written(
@@ -91,14 +106,14 @@ def test_a_file_that_computes_something_else_is_not_written(
     monkeypatch.setattr("fa_stereo.onnx_export.run_onnx", lambda *_: np.full((1, 16, 32), np.nan, np.float32))
     options = ["--checkpoint", str(checkpoint), "--height", "16", "--width", "32"]
     assert main(["export-onnx", "-o", str(tmp_path / "net.onnx"), *options]) == 2
-    assert "not written, as ONNX Runtime computes with it what is nan px from PyTorch" in capsys.readouterr().err
+    assert "not written, as what ONNX Runtime computes with it is nan px from PyTorch" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.onnx"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-o", "net.pt", "--height", "32", "--width", "32"], "-o net.pt: name the file *.onnx"),
+        (["-o", "net.pt", "--height", "32", "--width", "32"], "-o net.pt: name a file *.onnx"),
         (["-o", "net.onnx", "--height", "8", "--width", "32"], "pictures must be at least 16x16 pixels, got 32x8"),
         (["-o", "net.onnx", "--height", "32", "--width", "32", "--batch", "0"], "the batch must be positive, got 0"),
         (["-o", "net.onnx", "--height", "32", "--width", "32", "--max-disparity", "50"], "max_disparity"),
@@ -123,8 +138,6 @@ def test_missing_packages_are_named(
     package: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    if package == "onnxruntime":
-        monkeypatch.setattr("fa_stereo.onnx_export.export_onnx", lambda *_: b"")
     options = ["--checkpoint", str(checkpoint), "--height", "16", "--width", "32"]
     assert main(["export-onnx", "-o", str(tmp_path / "net.onnx"), *options]) == 2
     assert f"this needs the package {package}: pip install '.[onnx]'" in capsys.readouterr().err

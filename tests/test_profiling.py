@@ -79,6 +79,14 @@ def test_weights_and_environment(tmp_path, monkeypatch: pytest.MonkeyPatch) -> N
     assert measurement.result.max() < 16
 
 
+def test_a_file_called_like_bundled_weights(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("small").write_bytes(checkpoint.read_bytes())
+    features = build_run(Task("features", "plain", height=32, width=64, weights="small"))()
+    assert features is not None
+    assert features.shape == (2, 8, 8, 16)  # its 8 channels, not the 16 of those bundled
+
+
 def test_a_failing_process_says_why(tmp_path) -> None:
     with pytest.raises(InputError, match=r"measuring network \(fast, fp32\) failed: .*no such checkpoint file"):
         measure([Task("network", "fast", weights=str(tmp_path / "none.safetensors"), **SMALL)], repeats=1)

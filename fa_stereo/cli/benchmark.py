@@ -61,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precisions", default="fp32", metavar="LIST",
                         help="of the fast path: any of fp32,bf16,fp16,mixed")  # fmt: skip
     parser.add_argument("--plain-precisions", default="fp32", metavar="LIST",
-                        help="of the plain path: any of fp32,bf16,fp16, the first the reference of the deviations: "
-                             "fp32, or fp64 before it")  # fmt: skip
+                        help="of the plain path: any of fp64,fp32,bf16,fp16, beginning with fp32 or fp64,fp32; the "
+                             "first is the reference of the deviations")  # fmt: skip
     parser.add_argument("--speedup-over", default="fp32", metavar="NAME",
                         help="the precision of the plain path that speedups refer to (default fp32)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="also measure the fast path through torch.compile")
@@ -200,8 +200,8 @@ def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: s
         raise InputError(f"--plain-precisions begins with fp32 or fp64,fp32, got {arguments.plain_precisions}")
     if "fp64" in plain[1:]:
         raise InputError(f"--plain-precisions names fp64, the reference, first, got {arguments.plain_precisions}")
-    if arguments.speedup_over not in plain:
-        raise InputError(f"--speedup-over must be one of --plain-precisions, got {arguments.speedup_over}")
+    if arguments.speedup_over not in plain or arguments.speedup_over == "fp64":
+        raise InputError(f"--speedup-over must be one of --plain-precisions but fp64, got {arguments.speedup_over}")
 
 
 def _network(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fa_stereo.errors import InputError
 
@@ -15,24 +16,27 @@ if TYPE_CHECKING:
 METRIC_FORMATS = ("depth_m", "depth_mm", "ply")
 """Formats of results that need the cameras."""
 
-_OPTIONS = (
-    ("--focal-length-px", "F", "focal length in pixels"),
-    ("--baseline-m", "B", "distance of the cameras in metres"),
-    ("--cx-px", "X", "column of the left camera's principal point (default: the middle)"),
-    ("--cy-px", "Y", "its row (default: the middle)"),
-    ("--doffs-px", "D", "column of the right principal point minus that of the left one (default 0)"),
-)
+_NUMBERS = {
+    "focal_length_px": ("F", "focal length in pixels"),
+    "baseline_m": ("B", "distance of the cameras in metres"),
+    "doffs_px": ("D", "column of the right principal point minus that of the left one (default 0)"),
+    "cx_px": ("X", "for point clouds: column of the left camera's principal point (default: the middle)"),
+    "cy_px": ("Y", "for point clouds: its row (default: the middle)"),
+    "max_depth_m": ("Z", "for point clouds: leave out what is farther"),
+}
+_OF_POINTS = ("cx_px", "cy_px", "max_depth_m")
+_POSITIVE = ("focal_length_px", "baseline_m", "max_depth_m")
 
 
 def add_camera_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that describe the cameras."""
     group = parser.add_argument_group("cameras", "at the size of the pictures, for depth and points")
     group.add_argument(
-        "--calibration", metavar="FILE", help="Middlebury's calib.txt: cam0, baseline in millimetres, doffs"
-    )
-    for option, metavar, what in _OPTIONS:
-        group.add_argument(option, type=float, metavar=metavar, help=what)
-    group.add_argument("--max-depth-m", type=float, metavar="Z", help="leave farther points out of point clouds")
+        "--calibration", type=Path, metavar="FILE",
+        help="Middlebury's calib.txt: cam0, baseline in millimetres, doffs",
+    )  # fmt: skip
+    for name, (metavar, what) in _NUMBERS.items():
+        group.add_argument(_option(name), type=float, metavar=metavar, help=what)
 
 
 class Cameras:
@@ -53,23 +57,25 @@ class Cameras:
         from fa_stereo.data.middlebury import read_calibration
         from fa_stereo.geometry import StereoCalibration
 
-        values = {option[2:].replace("-", "_"): option for option, *_ in _OPTIONS}
-        given = {name: getattr(arguments, name) for name in values if getattr(arguments, name) is not None}
-        options = ["--calibration"] * (arguments.calibration is not None) + [values[name] for name in given]
+        given = {name: getattr(arguments, name) for name in _NUMBERS if getattr(arguments, name) is not None}
         metric = [name for name in formats if name in METRIC_FORMATS]
-        if options and not metric:
-            raise InputError(f"{options[0]} is for --formats {', '.join(METRIC_FORMATS)}: add one, or leave it out")
-        self.max_depth_m = math.inf if arguments.max_depth_m is None else arguments.max_depth_m
-        if not self.max_depth_m > 0:
-            raise InputError(f"--max-depth-m must be positive, got {arguments.max_depth_m}")
-        if arguments.max_depth_m is not None and "ply" not in formats:
-            raise InputError("--max-depth-m is for point clouds: add ply to --formats, or leave it out")
+        self.file: Path | None = arguments.calibration
+        if not metric and (self.file is not None or given):
+            option = "--calibration" if self.file is not None else _option(next(iter(given)))
+            raise InputError(f"{option} is for the formats {', '.join(METRIC_FORMATS)}: ask for one, or leave it out")
+        for name, value in given.items():
+            if not math.isfinite(value) or (name in _POSITIVE and value <= 0):
+                kind = "positive" if name in _POSITIVE else "finite"
+                raise InputError(f"{_option(name)} must be a {kind} number, got {value:g}")
+            if name in _OF_POINTS and "ply" not in formats:
+                raise InputError(f"{_option(name)} is for point clouds: ask for ply, or leave it out")
+        self.max_depth_m = given.pop("max_depth_m", math.inf)
         self._calibration: StereoCalibration | None = None
         self._centred: list[str] = []  # what lies in the middle of the pictures, whatever their size
-        if arguments.calibration is not None:
+        if self.file is not None:
             if given:
-                raise InputError(f"--calibration says what {options[1]} says: leave one of them out")
-            self._calibration = read_calibration(arguments.calibration)
+                raise InputError(f"{self.file} says what {_option(next(iter(given)))} says: leave one of them out")
+            self._calibration = read_calibration(self.file)
         elif metric:
             if not {"focal_length_px", "baseline_m"} <= given.keys():
                 raise InputError(
@@ -79,26 +85,25 @@ class Cameras:
             self._calibration = StereoCalibration(**{"cx_px": 0.0, "cy_px": 0.0, **given})
 
     def check(self, height: int, width: int) -> None:
-        """Make sure, where a result needs the cameras, that they can have taken pictures of a size.
+        """Make sure, where a result needs the cameras, that they took pictures of this size.
 
         Raises:
-            InputError: They cannot.
+            InputError: The calibration says another one.
         """
-        if self._calibration is not None:
-            self.of_pictures(height, width)
+        size_px = None if self._calibration is None else self._calibration.size_px
+        if size_px is not None and size_px != (width, height):
+            raise InputError(
+                f"{self.file} is for pictures of {size_px[0]}x{size_px[1]}, this one has {width}x{height}: give the "
+                "calibration at the size of the pictures"
+            )
 
     def of_pictures(self, height: int, width: int) -> StereoCalibration:
-        """Return the cameras that took pictures of a size; only for a format that needs them.
-
-        Raises:
-            InputError: They cannot have taken such pictures.
-        """
+        """Return the cameras that took pictures of a size; only for a format that needs them."""
         assert self._calibration is not None
         middle = {"cx_px": (width - 1) / 2, "cy_px": (height - 1) / 2}
-        calibration = dataclasses.replace(self._calibration, **{name: middle[name] for name in self._centred})
-        if not (0 <= calibration.cx_px < width and 0 <= calibration.cy_px < height):
-            raise InputError(
-                f"the principal point ({calibration.cx_px:g}, {calibration.cy_px:g}) lies outside of the {width}x"
-                f"{height} picture: give the calibration at the size of the pictures"
-            )
-        return calibration
+        centred: dict[str, Any] = {name: middle[name] for name in self._centred}
+        return dataclasses.replace(self._calibration, **centred)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -10,7 +10,7 @@ from fa_stereo.errors import InputError
 
 # name -> (module with main(argv) -> exit code, one line for the list)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "predict": ("fa_stereo.cli.predict", "disparity of a picture pair, two folders or two globs"),
+    "predict": ("fa_stereo.cli.predict", "disparity, depth and points of a picture pair, two folders or two globs"),
     "evaluate": (
         "fa_stereo.cli.evaluate",
         "end-point error of weights on a data set, by a named protocol; compare two",

@@ -28,7 +28,7 @@ Predicts the disparity of the left view of rectified pairs and writes it in the 
   pfm       32-bit float, pixels (Scene Flow, Middlebury, ETH3D)
   kitti     16-bit PNG named NAME_kitti.png: disparity * 256, 0 = no value
   npy       NumPy float32 [H, W], pixels
-  depth_m   NAME_depth_m.npy: NumPy float32 [H, W], metres; inf where the disparity is 0
+  depth_m   NAME_depth_m.npy: NumPy float32 [H, W], metres; inf at infinity, nan where a disparity would lie beyond
   depth_mm  NAME_depth_mm.png: 16-bit PNG, millimetres; 0 = no value, or 65.5 m and more
   ply       coloured point cloud of the left view, metres: x to the right, y down, z forward
 
@@ -43,7 +43,6 @@ SUFFIXES = {
     "depth_mm": "_depth_mm.png", "ply": ".ply",
 }  # fmt: skip
 FORMATS = tuple(SUFFIXES)
-FILE_SUFFIXES = (".png", ".pfm", ".npy", ".ply")  # of a single result whose name is given
 DEFAULT_FORMATS = "png,pfm"
 MOST_WARNINGS = 5
 
@@ -57,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("right", metavar="RIGHT", help="right picture, folder or quoted glob pattern")
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT",
-        help="folder for the results; for a single pair also a file ending in .png, .pfm, .npy or .ply",
+        help="folder for the results; for a single pair also a file, whose ending says the format",
     )  # fmt: skip
     parser.add_argument(
         "--formats", metavar="LIST", help=f"any of {','.join(FORMATS)}, separated by commas (default {DEFAULT_FORMATS})"
@@ -67,14 +66,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+def add_weights_arguments(
+    parser: argparse.ArgumentParser, default: str = "on a GPU the largest bundled, else small"
+) -> None:
     """Add the options that choose the weights; see ``named_weights``."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--weights",
         metavar="NAME",
-        help=f"bundled weights ({', '.join(list_weights())}) or a file (default: on a GPU the largest bundled, else "
-        "small)",
+        help=f"bundled weights ({', '.join(list_weights())}) or a file (default: {default})",
     )
     source.add_argument("--checkpoint", metavar="PATH", help="a file of your own (.safetensors or .pt)")
 
@@ -121,13 +121,14 @@ def main(argv: list[str]) -> int:
     from fa_stereo.data.pairs import pair_pictures
 
     pairs = pair_pictures(arguments.left, arguments.right)
-    single_file = _single_output_file(arguments.output, arguments.formats, len(pairs))
-    formats = parse_formats(arguments.formats or DEFAULT_FORMATS)
-    folder = single_file.parent if single_file else Path(arguments.output)
-    outputs = {pair.name: output_paths(folder, pair.name, formats) for pair in pairs}
-    if single_file:
-        formats = (single_file.suffix.lower()[1:],)
-        outputs = {pairs[0].name: {single_file: formats[0]}}
+    folder = Path(arguments.output)
+    single_format = _single_format(arguments.output, arguments.formats, len(pairs))
+    formats = (single_format,) if single_format else parse_formats(arguments.formats or DEFAULT_FORMATS)
+    if single_format:
+        outputs = {pairs[0].name: {folder: single_format}}
+        folder = folder.parent
+    else:
+        outputs = {pair.name: output_paths(folder, pair.name, formats) for pair in pairs}
     check_outputs(pairs, outputs)
     cameras = Cameras(arguments, formats)
     predictor = load_named_predictor(arguments)
@@ -167,8 +168,8 @@ def check_outputs(pairs: list[PicturePair], outputs: dict[str, dict[Path, str]])
         for path in paths:
             if path.resolve() in taken:
                 raise InputError(
-                    f"{path}: the result of {name} would overwrite this picture or result; "
-                    "choose another folder with -o"
+                    f"{path}: the result of {name} would overwrite this picture or result; choose another folder "
+                    "with -o, or leave out a format"
                 )
             taken.add(path.resolve())
 
@@ -197,6 +198,8 @@ def _write_result(
         RangeError: The format cannot hold the values.
         InputError: The file cannot be written.
     """
+    from tqdm import tqdm
+
     from fa_stereo.data import formats
     from fa_stereo.geometry import disparity_to_depth, point_cloud
     from fa_stereo.visualization import colorize_disparity
@@ -208,6 +211,13 @@ def _write_result(
     def write_points() -> None:
         points_m, mask = point_cloud(disparity, cameras.of_pictures(*disparity.shape), cameras.max_depth_m)
         formats.write_ply(path, points_m, left[mask])
+        if not len(points_m):
+            tqdm.write(f"warning: {path}: no point is near enough", file=sys.stderr)
+
+    def write_depth_mm() -> None:
+        formats.write_depth_mm(path, depth_m())
+        if not (depth_m() < formats.DEPTH_MM_LIMIT_M).any():
+            tqdm.write(f"warning: {path}: all is too far for 16 bits: is the baseline in metres?", file=sys.stderr)
 
     writers: dict[str, Callable[[], None]] = {
         "png": lambda: formats.write_picture(path, colorize_disparity(disparity)),
@@ -215,26 +225,27 @@ def _write_result(
         "kitti": lambda: formats.write_kitti_disparity(path, disparity),
         "npy": lambda: formats.write_npy(path, disparity),
         "depth_m": lambda: formats.write_npy(path, depth_m()),
-        "depth_mm": lambda: formats.write_depth_mm(path, depth_m()),
+        "depth_mm": write_depth_mm,
         "ply": write_points,
     }
     writers[kind]()
 
 
-def _single_output_file(output: str, formats: str | None, pairs: int) -> Path | None:
-    """Return OUT if it means one file rather than a folder."""
+def _single_format(output: str, formats: str | None, pairs: int) -> str | None:
+    """Return the format of OUT if it means one file rather than a folder."""
     path = Path(output)
-    if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff") and not path.is_dir():
-        raise InputError(
-            f"-o {output}: a result can be written as .png, .pfm, .npy or .ply; name one of these, or a folder"
-        )
-    if path.suffix.lower() not in FILE_SUFFIXES or path.is_dir():
+    if path.is_dir():
+        return None
+    if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"):
+        raise InputError(f"-o {output}: a result can be written as .png, .pfm, .npy or .ply; name one, or a folder")
+    fitting = {len(suffix): kind for kind, suffix in SUFFIXES.items() if path.name.lower().endswith(suffix)}
+    if not fitting:
         return None
     if pairs > 1:
         raise InputError(f"-o {output} is a file, but there are {pairs} pairs: give a folder")
     if formats is not None:
         raise InputError(f"-o {output} is a file, which says its format: leave out --formats, or give a folder")
-    return path
+    return fitting[max(fitting)]
 
 
 def named_weights(arguments: argparse.Namespace) -> str | Path | None:

@@ -1,4 +1,4 @@
-"""Files of pictures, disparities, depth and points: PFM, KITTI's 16-bit PNG, NumPy, 8-bit disparity pictures, PLY.
+"""Files of pictures, disparity, depth and points: ordinary pictures, PFM, 16-bit and 8-bit PNG, NumPy, PLY.
 
 Pictures are uint8 RGB [H, W, 3]. Disparities are float32 [H, W] in pixels, zero or more, with ``inf`` where there is no
 ground truth. Whatever is wrong with a file is an ``InputError`` that names it.
@@ -33,6 +33,8 @@ from fa_stereo.files import save_atomically
 
 PICTURE_EXTENSIONS = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 DISPARITY_EXTENSIONS = (".pfm", ".png", ".npy")
+DEPTH_MM_LIMIT_M = 65.5355
+"""What 16 bits of millimetres do not hold any more."""
 
 # Pillow knows many more, some of which start other programs to decode a file
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
@@ -417,6 +419,10 @@ def _read_npy(path: str | Path) -> NDArray[np.float32]:
     return np.asarray(values, dtype=np.float32)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# depth, points, and what several kinds are written by
+
+
 def write_npy(path: str | Path, values: NDArray[Any]) -> None:
     """Write an array in NumPy's format.
 
@@ -428,21 +434,10 @@ def write_npy(path: str | Path, values: NDArray[Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _write_16_bit_png(path: str | Path, values: NDArray[np.uint16]) -> None:
-    written, content = cv2.imencode(".png", values)
-    if not written:
-        raise InputError(f"{path}: this map could not be encoded as PNG")
-    write_bytes(path, content.tobytes())
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# depth and points
-
-
 def write_depth_mm(path: str | Path, depth_m: NDArray[np.floating[Any]]) -> None:
     """Write a 16-bit PNG of depth in millimetres, as RGB-D software reads it.
 
-    0 = no value: where the depth is not finite, or is not below 65.5355 m, which 16 bits do not hold.
+    0 = no value: where the depth is not finite or not positive, or ``DEPTH_MM_LIMIT_M`` and more.
 
     Args:
         path: A PNG file.
@@ -452,7 +447,7 @@ def write_depth_mm(path: str | Path, depth_m: NDArray[np.floating[Any]]) -> None
         InputError: The folder cannot be written.
     """
     values = np.rint(np.where(np.isfinite(depth_m), depth_m, 0).astype(np.float64) * 1000)
-    _write_16_bit_png(path, np.where(values <= 65535, values, 0).astype(np.uint16))
+    _write_16_bit_png(path, np.where((values > 0) & (values <= 65535), values, 0).astype(np.uint16))
 
 
 def write_ply(path: str | Path, points_m: NDArray[np.floating[Any]], colors: NDArray[np.uint8]) -> None:
@@ -473,3 +468,10 @@ def write_ply(path: str | Path, points_m: NDArray[np.floating[Any]], colors: NDA
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}"]
     lines = [*header, *(f"property {name}" for name in properties), "end_header", ""]
     write_bytes(path, "\n".join(lines).encode("ascii") + vertices.tobytes())
+
+
+def _write_16_bit_png(path: str | Path, values: NDArray[np.uint16]) -> None:
+    written, content = cv2.imencode(".png", values)
+    if not written:
+        raise InputError(f"{path}: this map could not be encoded as PNG")
+    write_bytes(path, content.tobytes())

@@ -91,7 +91,7 @@ def test_deviations_from_float64(checkpoint: Path, tmp_path: Path) -> None:
         (["--plain-precisions", "fp64"], "--plain-precisions begins with fp32 or fp64,fp32, got fp64"),
         (["--plain-precisions", "fp32,fp64"], "--plain-precisions names fp64, the reference, first"),
         (["--precisions", "fp64"], "--precisions takes any of fp32,bf16,fp16,mixed, got 'fp64'"),
-        (["--speedup-over", "bf16"], "--speedup-over must be one of --plain-precisions"),
+        (["--speedup-over", "bf16"], "--speedup-over must be one of --plain-precisions but fp64, got bf16"),
         (["--weights", "small"], "--base-channels is for fresh weights"),
     ],
 )

@@ -73,12 +73,21 @@ def test_by_default_a_picture_and_pfm_and_old_results_are_replaced(tmp_path: Pat
     assert read_pfm(out / "im0.pfm").shape == (48, 64)
 
 
-@pytest.mark.parametrize("name", ["my.png", "my.pfm", "my.npy"])
-def test_a_single_pair_into_a_single_file(tmp_path: Path, checkpoint: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("my.png", b"\x89PNG\r\n\x1a\n"),
+        ("my.pfm", b"Pf\n64 48\n"),
+        ("my.npy", b"\x93NUMPY"),
+        ("my_kitti.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x30\x10\0"),  # 16 bits, grey
+    ],
+)
+def test_a_single_pair_into_a_single_file(tmp_path: Path, checkpoint: Path, name: str, start: bytes) -> None:
     write_pair(tmp_path / "a_l.png", tmp_path / "a_r.png")
     out = tmp_path / "out" / name
     assert predict(tmp_path / "a_l.png", tmp_path / "a_r.png", "-o", out, "--checkpoint", checkpoint) == 0
     assert [path.name for path in out.parent.iterdir()] == [name]
+    assert out.read_bytes().startswith(start)
 
 
 def test_folders_keep_their_sub_folders(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +217,8 @@ CALIBRATION = """cam0=[100 0 30.5; 0 100 20.25; 0 0 1]
 cam1=[100 0 33.5; 0 100 20.25; 0 0 1]
 doffs=3
 baseline=250
+width=64
+height=48
 """
 
 
@@ -254,22 +265,52 @@ def test_points_of_two_pairs_from_numbers(tmp_path: Path, checkpoint: Path) -> N
     assert 0 < len(near) < len(points_m)
 
 
+def test_a_single_file_of_depth_and_what_is_out_of_reach(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pair(tmp_path / "a_left.png", tmp_path / "a_right.png")
+    pair = (tmp_path / "a_left.png", tmp_path / "a_right.png")
+    millimetres = ("--focal-length-px", "100", "--baseline-m", "25000", "--checkpoint", checkpoint)  # by mistake
+    assert predict(*pair, "-o", tmp_path / "a_depth_m.npy", *millimetres) == 0
+    assert np.load(tmp_path / "a_depth_m.npy").min() > 10000
+    assert predict(*pair, "-o", tmp_path / "a_depth_mm.png", *millimetres) == 0
+    assert not np.asarray(Image.open(tmp_path / "a_depth_mm.png")).any()
+    assert "all is too far for 16 bits: is the baseline in metres?" in capsys.readouterr().err
+    assert predict(*pair, "-o", tmp_path / "a.ply", "--max-depth-m", "9", "--cx-px", "-70", *millimetres) == 0
+    assert "a.ply: no point is near enough" in capsys.readouterr().err
+    assert len(read_ply(tmp_path / "a.ply")[0]) == 0
+
+
+def test_results_that_would_overwrite_each_other(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "a_depth_m"):
+        write_pair(tmp_path / f"left/{name}.png", tmp_path / f"right/{name}.png")
+    options = ("--formats", "npy,depth_m", "--focal-length-px", "9", "--baseline-m", "1", "--checkpoint", checkpoint)
+    assert predict(tmp_path / "left", tmp_path / "right", "-o", tmp_path / "out", *options) == 2
+    assert "a_depth_m.npy: the result of a_depth_m would overwrite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--formats", "ply"], "ply needs the cameras: add --calibration FILE, or --focal-length-px and --baseline-m"),
         (["--formats", "depth_m", "--baseline-m", "1"], "depth_m needs the cameras"),
-        (["--baseline-m", "1"], "--baseline-m is for --formats depth_m, depth_mm, ply: add one, or leave it out"),
-        (["--calibration", "none.txt"], "--calibration is for --formats depth_m"),
+        (["--baseline-m", "1"], "--baseline-m is for the formats depth_m, depth_mm, ply: ask for one, or leave it out"),
+        (["--calibration", "none.txt"], "--calibration is for the formats depth_m"),
         (["--formats", "ply", "--calibration", "none.txt"], "none.txt: no such file"),
-        (["--formats", "ply", "--calibration", "none.txt", "--doffs-px", "1"], "--calibration says what --doffs-px"),
-        (["--formats", "ply", "--focal-length-px", "-5", "--baseline-m", "1"], "focal_length_px must be positive"),
-        (["--formats", "ply", "--focal-length-px", "5", "--baseline-m", "1", "--cx-px", "900"],
-         "the principal point (900, 23.5) lies outside of the 64x48 picture"),
+        (["--formats", "ply", "--calibration", "none.txt", "--doffs-px", "1"], "none.txt says what --doffs-px says"),
+        (["--formats", "ply", "--focal-length-px", "-5", "--baseline-m", "1"],
+         "--focal-length-px must be a positive number, got -5"),
+        (["--formats", "ply", "--focal-length-px", "5", "--baseline-m", "1", "--doffs-px", "nan"],
+         "--doffs-px must be a finite number, got nan"),
+        (["--formats", "depth_m", "--focal-length-px", "5", "--baseline-m", "1", "--cy-px", "9"],
+         "--cy-px is for point clouds: ask for ply, or leave it out"),
         (["--formats", "depth_m", "--focal-length-px", "5", "--baseline-m", "1", "--max-depth-m", "9"],
          "--max-depth-m is for point clouds"),
         (["--formats", "ply", "--focal-length-px", "5", "--baseline-m", "1", "--max-depth-m", "0"],
-         "--max-depth-m must be positive, got 0.0"),
+         "--max-depth-m must be a positive number, got 0"),
     ],
 )  # fmt: skip
 def test_unusable_cameras(
@@ -291,7 +332,8 @@ def test_a_calibration_of_another_size_costs_no_pair_that_it_fits(
     options = ("-o", tmp_path / "out", "--formats", "depth_mm", "--calibration", tmp_path / "calib.txt")
     assert predict(tmp_path / "left", tmp_path / "right", *options, "--checkpoint", checkpoint) == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0_depth_mm.png", "2_depth_mm.png"]
-    assert "failed: 1: the principal point (30.5, 20.25) lies outside of the 64x16 picture" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"failed: 1: {tmp_path / 'calib.txt'} is for pictures of 64x48, this one has 64x16" in error
 
 
 def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray]:

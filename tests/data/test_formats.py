@@ -398,10 +398,10 @@ def test_real_disparities(shared_data: Path) -> None:
 
 
 def test_depth_in_millimetres_has_no_value_where_16_bits_cannot_hold_it(tmp_path: Path) -> None:
-    depth_m = np.array([[1.2344, 1.2346, 65.5354, 65.536], [np.inf, np.nan, 1000, 0.001]], np.float32)
+    depth_m = np.array([[1.2344, 1.2346, 65.5354, 65.536, -1], [np.inf, np.nan, 1000, 0.001, -0.001]], np.float32)
     write_depth_mm(tmp_path / "d.png", depth_m)
     stored = np.asarray(Image.open(tmp_path / "d.png"))
-    assert stored.tolist() == [[1234, 1235, 65535, 0], [0, 0, 0, 1]]
+    assert stored.tolist() == [[1234, 1235, 65535, 0, 0], [0, 0, 0, 1, 0]]
     assert list(tmp_path.iterdir()) == [tmp_path / "d.png"]
 
 

@@ -94,8 +94,16 @@ def test_calibration(tmp_path: Path) -> None:
     (tmp_path / "calib.txt").write_text(CALIBRATION)
     calibration = read_calibration(tmp_path / "calib.txt")
     assert calibration == StereoCalibration(
-        focal_length_px=999.421, baseline_m=193.001 / 1000, cx_px=294.182, cy_px=252.932, doffs_px=32.778
-    )
+        focal_length_px=999.421, baseline_m=193.001 / 1000, cx_px=294.182, cy_px=252.932, doffs_px=32.778,
+        size_px=(741, 497),
+    )  # fmt: skip
+    half = calibration.resized(0.5, 0.5)
+    assert half.size_px == (370, 248)
+    assert half.doffs_px == 16.389
+    (tmp_path / "calib.txt").write_text("\n".join(line for line in CALIBRATION.splitlines() if line[:5] != "doffs"))
+    assert read_calibration(tmp_path / "calib.txt").doffs_px == pytest.approx(32.778)  # the second camera says it too
+    (tmp_path / "calib.txt").write_text("cam0=[9 0 4; 0 9 5; 0 0 1]\nbaseline=100\n")
+    assert read_calibration(tmp_path / "calib.txt") == StereoCalibration(9, 0.1, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +115,8 @@ def test_calibration(tmp_path: Path) -> None:
         "cam0=[9 0 1]\nbaseline=1",
         CALIBRATION.replace("999.421", "0"),
         CALIBRATION.replace("doffs=32.778", "doffs=nan"),
+        CALIBRATION.replace("0 999.421 252.932", "0 900 252.932"),
+        CALIBRATION.replace("width=741", "width=wide"),
     ],
 )
 def test_damaged_calibration_is_refused(tmp_path: Path, text: str) -> None:
