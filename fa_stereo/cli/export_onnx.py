@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fa-stereo export-onnx", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.onnx")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.onnx", help="the file to write")
     parser.add_argument("--height", type=int, required=True, metavar="PX", help="of the pictures, any from 16 on")
     parser.add_argument("--width", type=int, required=True, metavar="PX", help="likewise")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="pairs at once (default 1)")
