@@ -21,32 +21,12 @@ from torch import Tensor, nn
 from fa_stereo.config import to_plain
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
+from fa_stereo.models.cost_volume import gather_cost_volume
 from fa_stereo.models.optimized import fold_batch_norms
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet
 
 OPSET = 18
 """Of the operators used: old enough for the runtimes in use."""
-
-
-def gather_cost_volume(left: Tensor, right: Tensor, disparities: int) -> Tensor:
-    """Concatenate left features with right features shifted by each disparity, by indices and a mask.
-
-    The same as ``fa_stereo.models.cost_volume.build_cost_volume``.
-
-    Args:
-        left: [B, C, H, W].
-        right: [B, C, H, W].
-        disparities: D, in cells of this resolution.
-
-    Returns:
-        [B, 2C, D, H, W].
-    """
-    batch, channels, height, width = left.shape
-    column = torch.arange(width, device=left.device) - torch.arange(disparities, device=left.device)[:, None]  # [D, W]
-    shifted = right.index_select(3, column.clamp(min=0).flatten())  # [B, C, H, D W]
-    shifted = shifted.view(batch, channels, height, disparities, width).transpose(2, 3)  # [B, C, D, H, W]
-    seen = (column >= 0).to(left.dtype)[:, None]  # [D, 1, W]
-    return torch.cat([left[:, :, None] * seen, shifted * seen], dim=1)
 
 
 class OnnxNetwork(nn.Module):

@@ -14,9 +14,9 @@ from fa_stereo.cli.main import main
 from fa_stereo.config import AttentionConfig, ModelConfig, to_plain
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
-from fa_stereo.models.cost_volume import build_cost_volume
+from fa_stereo.models.cost_volume import build_cost_volume, gather_cost_volume
 from fa_stereo.models.psmnet import build_model
-from fa_stereo.onnx_export import export_onnx, gather_cost_volume, run_onnx
+from fa_stereo.onnx_export import export_onnx, run_onnx
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
