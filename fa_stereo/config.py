@@ -28,6 +28,7 @@ ATTENTION_SLOTS = ("res1", "res2", "res3", "res4", "pyramid")
 ATTENTION_NORMALIZATIONS = ("gaussian", "dot")
 ATTENTION_COMPUTATIONS = ("materialized", "chunked", "fused")
 AGGREGATIONS = ("stacked_hourglass", "basic")
+REGRESSIONS = ("expectation", "modal")
 PRECISIONS = ("fp32", "bf16", "fp16")
 INFERENCE_PRECISIONS = (*PRECISIONS, "mixed")
 
@@ -129,6 +130,9 @@ class ModelConfig:
         max_disparity: D, exclusive, in pixels; a multiple of 16 (quarter resolution, then two halvings).
         align_corners: Convention of every bilinear and trilinear upsampling. It belongs to the weights: wrong, it
             costs 0.6 to 0.9 px. True for PSMNet weights trained before PyTorch 0.4, False for later ones.
+        regression: How disparity is predicted from the probabilities: by their ``expectation`` as in PSMNet, or
+            ``modal``, by that around the most probable disparity, which does not mix two surfaces at an edge. Training
+            is by the expectation either way.
         attention: The attention block put into every slot named in ``attention_slots``.
         attention_slots: Where blocks sit: after ``res1`` .. ``res4`` (PSMNet's layer1 .. layer4), or after the
             ``pyramid`` pooling's fusion.
@@ -138,6 +142,7 @@ class ModelConfig:
     base_channels: int = 32
     max_disparity: int = 192
     align_corners: bool = False
+    regression: str = "expectation"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     attention_slots: list[str] = field(default_factory=lambda: ["res4"])
 
@@ -152,6 +157,7 @@ class ModelConfig:
                 f"max_disparity must be a positive multiple of 16, got {self.max_disparity}; "
                 f"use {below} or {below + 16}"
             )
+        _check_choice("model.regression", self.regression, REGRESSIONS)
         self.attention_slots = list(self.attention_slots)
         for slot in self.attention_slots:
             _check_choice("model.attention_slots", slot, ATTENTION_SLOTS)
@@ -224,6 +230,8 @@ class RenderConfig:
         natural_texture: Of maps that are neither weak nor repetitive nor text, the share with the statistics of
             natural pictures; the rest is white noise.
         weak_texture: Probability of (nearly) uniform maps and shapes.
+        plain: Probability that a surface has no texture of its own, as painted walls and plastic have none: what is
+            left to see are its light and its borders.
         repetition: Probability of a repetitive map: stripes, checkers, bricks, cloth.
         glyphs: Probability of a map with text-like marks.
         shading: Strength of illumination gradients over a shape.
@@ -261,6 +269,7 @@ class RenderConfig:
     texture_maps: int = 7
     natural_texture: float = 1.0
     weak_texture: float = 0.12
+    plain: float = 0.0
     repetition: float = 0.2
     glyphs: float = 0.1
     shading: float = 1.0
@@ -288,8 +297,9 @@ class RenderConfig:
             raise InputError(
                 f"rendered.max_shapes ({self.max_shapes}) must not be below rendered.min_shapes ({self.min_shapes})"
             )
-        for name in ("difficulty", "thin", "groups", "holes", "weak_texture", "repetition", "glyphs", "gloss", "haze",
-                     "grayscale", "asymmetry_probability", "wide_range", "rooms", "natural_texture"):  # fmt: skip
+        for name in ("difficulty", "thin", "groups", "holes", "weak_texture", "plain", "repetition", "glyphs",
+                     "gloss", "haze", "grayscale", "asymmetry_probability", "wide_range", "rooms",
+                     "natural_texture"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"rendered.{name} must be from 0 to 1, got {getattr(self, name)}")
         for name in ("slant", "curvature", "shading", "gain", "gamma", "tint", "noise", "blur", "vertical_shift"):
@@ -678,6 +688,7 @@ class EvaluateConfig:
         worst: Write left view, ground truth, prediction and error of so many images with the largest error.
         contact_sheet: Write ``contact_sheet.png``, one picture with small ones of the same of so many images, evenly
             spread over the data set.
+        regression: ``expectation`` or ``modal`` (see ``ModelConfig``); None takes what belongs to the weights.
         precision: ``fp32``, ``bf16``, ``fp16``, ``mixed`` (``fa_stereo.inference.choose_precision``) or ``auto``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: Loader processes per evaluating process.
@@ -692,12 +703,14 @@ class EvaluateConfig:
     error_maps: bool = False
     worst: int = 0
     contact_sheet: int = 0
+    regression: str | None = None
     precision: str = "fp32"
     device: str = "auto"
     workers: int = 2
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, ("network", "sgbm"))
+        _check_choice("regression", self.regression, (None, *REGRESSIONS))
         _check_choice("precision", self.precision, ("auto", *INFERENCE_PRECISIONS))
         _check_positive("max_images", self.max_images, none=True)
         _check_positive("worst", self.worst, zero=True)

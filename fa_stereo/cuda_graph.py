@@ -9,14 +9,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fa_stereo.errors import InputError
 
-Network = Callable[[Tensor, Tensor], Tensor]
-"""From both views [B, 3, H, W] to disparity [B, H, W]."""
+Network = Callable[[Tensor, Tensor], Any]
+"""From both views [B, 3, H, W] to disparity [B, H, W], or to several such tensors."""
 
 
 class GraphedNetwork:
@@ -44,7 +46,7 @@ class GraphedNetwork:
         self._last_size: tuple[int, ...] | None = None
         self._lock = threading.Lock()
 
-    def __call__(self, left: Tensor, right: Tensor) -> Tensor:
+    def __call__(self, left: Tensor, right: Tensor) -> Any:
         """Return the network's result; it is the caller's, no later call overwrites it.
 
         Raises:
@@ -98,11 +100,11 @@ def record_cuda_graph(network: Network, left: Tensor, right: Tensor) -> Network:
             reason = str(error).strip().split("\n")[0]
             raise InputError(f"this network cannot be recorded as a CUDA graph ({reason}): go without it") from error
 
-    def replay(left: Tensor, right: Tensor) -> Tensor:
+    def replay(left: Tensor, right: Tensor) -> Any:
         with torch.cuda.device(left.device):
             for buffer, view in zip(inputs, (left, right), strict=True):
                 buffer.copy_(view)
             graph.replay()
-            return result.clone()
+            return tree_map(torch.clone, result)
 
     return replay

@@ -98,6 +98,7 @@ def export_weights(
     output: str | Path,
     *,
     dtype: torch.dtype = torch.float16,
+    regression: str | None = None,
     batch_norm_pairs: int = 0,
     batch_size: int = 8,
     data_root: str | None = None,
@@ -111,6 +112,7 @@ def export_weights(
         checkpoint: A ``.pt`` file of a run, or the run's folder, for its ``last.pt``.
         output: Where to; ends in ``.safetensors``.
         dtype: Of all but batch norm, which stays float32.
+        regression: How these weights predict from now on, ``expectation`` or ``modal``; None leaves it as it was.
         batch_norm_pairs: Estimate batch norm's statistics anew over so many samples of the run's own training data,
             cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training.
         batch_size: Samples of a batch for that.
@@ -146,6 +148,8 @@ def export_weights(
         record["batch_norm_pairs"] = reestimate_batch_norm(
             model, ((left.to(device), right.to(device)) for left, right in batches)
         )
+    if regression is not None:
+        model.set_regression(regression)
     record |= notes or {}
     try:
         save_weights(model, output, record, dtype)

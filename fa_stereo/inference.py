@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cv2
@@ -43,6 +44,8 @@ class Prediction:
 
     Attributes:
         disparity: Of the left view, float32 [H, W], in pixels: ``x_right = x_left - disparity``.
+        confidence: Probability, to the network, of the 12 px around the most probable disparity, float32 [H, W] from 0
+            to 1; None if it was not asked for.
         seconds: Time from the arrays to the result, moving data to and from the device included.
         device: Where it was computed, e.g. ``cpu`` or ``cuda:0``.
         precision: What it was computed with: fp32, bf16, fp16 or mixed.
@@ -52,6 +55,7 @@ class Prediction:
     seconds: float
     device: str
     precision: str
+    confidence: NDArray[np.float32] | None = None
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -122,6 +126,7 @@ class DisparityPredictor:
         scale: Pictures are resized by this factor first, and disparity is brought back to their size.
         band_height: Rows computed at a time in pixels; None for all.
         memory_gb: Choose the band height for each pair so that it takes about this much memory at most; None for any.
+        confidence: Whether confidence is predicted too.
         compile: Whether features and aggregation are compiled; see ``fa_stereo.compilation``.
         cuda_graph: Whether pairs of repeated sizes run as a CUDA graph; see ``fa_stereo.cuda_graph``.
     """
@@ -135,6 +140,7 @@ class DisparityPredictor:
         scale: float = 1.0,
         band_height: int | None = None,
         memory_gb: float | None = None,
+        confidence: bool = False,
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
@@ -148,6 +154,7 @@ class DisparityPredictor:
             scale: Predict at another size: 0.5 takes a quarter of the time and memory and sees twice the disparity.
             band_height: Rows computed at a time, a multiple of 16, for large pictures; see ``fa_stereo.tiling``.
             memory_gb: Instead, the memory that a pair may take, in GB, besides the process itself.
+            confidence: Predict confidence too.
             compile: Compile the network for every size of picture (up to eight): a minute each, no gain on the CPU.
             cuda_graph: From the second pair of a size in a row on, launch all of the network's kernels at once. For a
                 GPU, without effect elsewhere; for whole pictures, not bands. Keeps the memory of two sizes, which
@@ -169,7 +176,7 @@ class DisparityPredictor:
             raise InputError("a CUDA graph is of whole pictures: leave out cuda_graph or band_height")
         if not computes_in_hardware(self.precision, self.device):
             logger.warning("%s is far slower than fp32 on this CPU, which has no hardware for it", self.precision)
-        self.scale, self.band_height, self.memory_gb = scale, band_height, memory_gb
+        self.scale, self.band_height, self.memory_gb, self.confidence = scale, band_height, memory_gb, confidence
         self.compile, self.cuda_graph = compile, cuda_graph
         self.model = model.to(self.device).eval()
         self._networks = {self.precision: self._build_networks(self.precision)}
@@ -195,10 +202,10 @@ class DisparityPredictor:
             if self.scale != 1:
                 views = _resize_pair(*views, self.scale)
             pair = torch.from_numpy(np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2)))  # [2, 3, H, W]
-            disparity = self._predict(pair, precision)
+            disparity, confidence = self._predict(pair, precision)
             if precision != "fp32" and not np.isfinite(disparity).all():
                 precision = "fp32"  # activations that float16 cannot hold
-                disparity = self._predict(pair, precision)
+                disparity, confidence = self._predict(pair, precision)
             if not np.isfinite(disparity).all():
                 raise InputError("the network's disparity is not finite: its weights are damaged; load others")
         except (RuntimeError, MemoryError) as error:
@@ -213,22 +220,26 @@ class DisparityPredictor:
             # Disparity in pixels of the smaller picture, each of which is width / disparity width pixels wide.
             stretched = cv2.resize(disparity, (width, height), interpolation=cv2.INTER_LINEAR)
             disparity = stretched * np.float32(width / disparity.shape[1])
-        return Prediction(disparity, time.perf_counter() - start, str(self.device), precision)
+            if confidence is not None:
+                resized = cv2.resize(confidence, (width, height), interpolation=cv2.INTER_LINEAR)
+                confidence = np.asarray(resized, np.float32)
+        return Prediction(disparity, time.perf_counter() - start, str(self.device), precision, confidence)
 
     def _build_networks(self, precision: str) -> tuple[PSMNet, Network]:
         """Return the network, and what to call with whole pictures."""
         network = optimize_for_inference(self.model, precision)
         if self.compile:
             compile_network(network)
-        return network, GraphedNetwork(network) if self.cuda_graph else network
+        whole: Network = partial(network, confidence=True) if self.confidence else network
+        return network, GraphedNetwork(whole) if self.cuda_graph else whole
 
-    def _predict(self, pair: torch.Tensor, precision: str) -> NDArray[np.float32]:
-        """Return disparity [H, W] for both views as uint8 [2, 3, H, W]."""
+    def _predict(self, pair: torch.Tensor, precision: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Return disparity [H, W], and confidence if asked for, for both views as uint8 [2, 3, H, W]."""
         # What the caller's autocast says about precision is not what was asked of the predictor.
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             return self._compute(pair, precision)
 
-    def _compute(self, pair: torch.Tensor, precision: str) -> NDArray[np.float32]:
+    def _compute(self, pair: torch.Tensor, precision: str) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         left, right = normalize_images(pair.to(self.device)).chunk(2)  # [1, 3, H, W] each
         with self._building:  # by one thread only
             if precision not in self._networks:
@@ -240,11 +251,11 @@ class DisparityPredictor:
                 network.config, left.shape[2], left.shape[3], int(self.memory_gb * 1e9), precision=precision
             )
         if band_height is None:
-            disparity = whole(left, right)  # [1, H, W]
+            result = whole(left, right)
         else:
-            disparity = predict_in_bands(network, left, right, band_height)
-        result: NDArray[np.float32] = disparity[0].float().cpu().numpy()
-        return result
+            result = predict_in_bands(network, left, right, band_height, confidence=self.confidence)
+        maps = [x[0].float().cpu().numpy() for x in (result if self.confidence else (result,))]  # [H, W] each
+        return maps[0], maps[1] if self.confidence else None
 
 
 def load_predictor(
@@ -253,9 +264,11 @@ def load_predictor(
     precision: str = "auto",
     max_disparity: int | None = None,
     *,
+    regression: str | None = None,
     scale: float = 1.0,
     band_height: int | None = None,
     memory_gb: float | None = None,
+    confidence: bool = False,
     compile: bool = False,
     cuda_graph: bool = False,
 ) -> DisparityPredictor:
@@ -268,9 +281,11 @@ def load_predictor(
         precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``mixed``.
         max_disparity: Search up to this many pixels (exclusive, a multiple of 16) instead of the range the weights
             were trained for. Results beyond the trained range are poor.
+        regression: ``expectation`` or ``modal`` (see ``ModelConfig``) instead of what belongs to the weights.
         scale: As for ``DisparityPredictor``, like the following.
         band_height: Rows computed at a time, for large pictures.
         memory_gb: Memory that a pair may take.
+        confidence: Predict confidence too.
         compile: Compile the network.
         cuda_graph: On a GPU, launch its kernels at once for pairs of repeated sizes.
 
@@ -282,9 +297,12 @@ def load_predictor(
     model = load_model(find_checkpoint(weights, chosen), device=chosen)
     if max_disparity is not None:
         model.set_max_disparity(max_disparity)
+    if regression is not None:
+        model.set_regression(regression)
     return DisparityPredictor(
         model, chosen, precision,
-        scale=scale, band_height=band_height, memory_gb=memory_gb, compile=compile, cuda_graph=cuda_graph,
+        scale=scale, band_height=band_height, memory_gb=memory_gb, confidence=confidence, compile=compile,
+        cuda_graph=cuda_graph,
     )  # fmt: skip
 
 

@@ -31,8 +31,9 @@ _BYTES = {"fp32": (4, 4), "mixed": (4, 2), "bf16": (2, 2), "fp16": (2, 2)}
 
 
 def predict_in_bands(
-    model: PSMNet, left: Tensor, right: Tensor, band_height: int, overlap: int = DEFAULT_OVERLAP_PX
-) -> Tensor:
+    model: PSMNet, left: Tensor, right: Tensor, band_height: int, overlap: int = DEFAULT_OVERLAP_PX, *,
+    confidence: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Estimate disparity like ``model(left, right)``, with volumes for one band of rows at a time.
 
     Args:
@@ -41,9 +42,10 @@ def predict_in_bands(
         right: Likewise.
         band_height: Rows of a band in pixels, without the overlap; a positive multiple of 16.
         overlap: Rows added on either side in pixels; a multiple of 16, at most ``band_height`` is blended.
+        confidence: Return confidence too.
 
     Returns:
-        Disparity in pixels, float32 [B, H, W].
+        Disparity in pixels, float32 [B, H, W], and confidence if asked for; see ``PSMNet.forward``.
 
     Raises:
         ValueError: The model is in training mode.
@@ -55,8 +57,8 @@ def predict_in_bands(
         if value < least or value % SIZE_MULTIPLE:
             raise InputError(f"the {name} must be a multiple of {SIZE_MULTIPLE} pixels from {least} on, got {value}")
     score = partial(_score_in_bands, model, rows=band_height // 4, overlap=overlap // 4)
-    disparity: Tensor = model(left, right, score=score)
-    return disparity
+    result: Tensor | tuple[Tensor, Tensor] = model(left, right, score=score, confidence=confidence)
+    return result
 
 
 def _score_in_bands(

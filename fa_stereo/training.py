@@ -593,7 +593,7 @@ class Trainer:
         before = flatten(to_plain(TrainConfig())) | before  # with defaults for settings that came later
         changed = [key for key in now if key in before and before[key] != now[key]]
         for key in changed:
-            if key in _MUST_AGREE or key.startswith("model."):
+            if key in _MUST_AGREE or (key.startswith("model.") and key != "model.regression"):
                 raise InputError(
                     f"{key} is {now[key]}, but {before[key]} in the run to resume ({path}): set it back, or start "
                     "anew with init_from and another output_dir"

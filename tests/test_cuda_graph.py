@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +57,12 @@ def test_the_sizes_used_last_are_kept() -> None:
     assert recorder.recorded == [4, 8, 12, 8]  # 12 took the place of 8, and 8 that of 12
 
 
+def test_several_results_are_passed_on() -> None:
+    network = GraphedNetwork(lambda left, right: (left, right), record=Recorder())
+    for _ in range(2):
+        assert all(map(torch.equal, network(*views(4)), views(4)))
+
+
 def test_without_a_gpu_the_network_is_only_called() -> None:
     network = GraphedNetwork(difference)
     for _ in range(3):
@@ -78,16 +86,20 @@ def test_the_network_neither_waits_for_a_value_nor_copies_one_to_the_gpu(monkeyp
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_recorded_network_computes_the_same() -> None:
+@pytest.mark.parametrize("confidence", [False, True])
+@pytest.mark.parametrize("regression", ["expectation", "modal"])
+def test_a_recorded_network_computes_the_same(regression: str, confidence: bool) -> None:
     torch.manual_seed(0)
-    config = ModelConfig(base_channels=8, max_disparity=32, attention=AttentionConfig(key_channels=8))
-    model = optimize_for_inference(build_model(config).eval().cuda())
+    config = ModelConfig(
+        base_channels=8, max_disparity=32, regression=regression, attention=AttentionConfig(key_channels=8)
+    )
+    network = partial(optimize_for_inference(build_model(config).eval().cuda()), confidence=confidence)
     pairs = [torch.randn(2, 1, 3, 64, 96, device="cuda") for _ in range(3)]
     with torch.inference_mode():
-        replay = record_cuda_graph(model, *pairs[0])
+        replay = record_cuda_graph(network, *pairs[0])
         results = [replay(*pair) for pair in pairs]
         for pair, result in zip(pairs, results, strict=True):
-            torch.testing.assert_close(result, model(*pair), atol=0.01, rtol=0)
+            torch.testing.assert_close(result, network(*pair), atol=0.01, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -60,6 +60,14 @@ def test_the_averaged_weights_in_half_precision(run: Path, tmp_path: Path) -> No
     assert (tmp_path / "half.safetensors").stat().st_size < (tmp_path / "single.safetensors").stat().st_size
 
 
+def test_how_the_weights_predict_is_chosen_at_export(run: Path, tmp_path: Path) -> None:
+    for chosen, regression in ((None, "expectation"), ("modal", "modal")):
+        export_weights(run, tmp_path / "w.safetensors", regression=chosen)
+        assert load_model(tmp_path / "w.safetensors").config.regression == regression
+    assert main(["export-weights", str(run), "-o", str(tmp_path / "v.safetensors"), "--regression", "modal"]) == 0
+    assert load_model(tmp_path / "v.safetensors").config.regression == "modal"
+
+
 def test_the_file_describes_itself(run: Path, pairs: Path, tmp_path: Path) -> None:
     returned = export_weights(run, tmp_path / "w.safetensors", notes={"licence": "MIT"})
     record = read_record(tmp_path / "w.safetensors")

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from random_networks import calibrated
 
 from fa_stereo.config import ModelConfig
 from fa_stereo.data.transforms import normalize_images
@@ -25,15 +26,7 @@ from fa_stereo.weights import find_checkpoint
 
 @pytest.fixture(scope="module")
 def model() -> PSMNet:
-    """Random weights, batch norm statistics of one batch: scores of ordinary size, disparity from 0 to 31 px."""
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(base_channels=8, max_disparity=32))
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(2, 3, 64, 96), torch.randn(2, 3, 64, 96))
-    return model.eval()
+    return calibrated()
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +174,19 @@ def test_scale(model: PSMNet, scale: float) -> None:
     assert disparity.dtype == np.float32
 
 
+@pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"band_height": 16}, {"cuda_graph": True}])
+def test_confidence_beside_disparity(model: PSMNet, options: dict) -> None:
+    left, right = random_pair(48, 96)
+    predictor = DisparityPredictor(model, device="cpu", precision="fp32", confidence=True, **options)
+    prediction = predictor(left, right)
+    alone = DisparityPredictor(model, device="cpu", precision="fp32", **options)(left, right)
+    assert alone.confidence is None
+    np.testing.assert_array_equal(prediction.disparity, alone.disparity)
+    assert prediction.confidence is not None
+    assert (prediction.confidence.shape, prediction.confidence.dtype) == ((48, 96), np.float32)
+    assert 0 < prediction.confidence.min() < prediction.confidence.max() <= 1
+
+
 def test_bands_change_nothing_visible(model: PSMNet) -> None:
     left, right = random_pair(600, 64)
     expected = DisparityPredictor(model, device="cpu", precision="fp32")(left, right).disparity
@@ -273,6 +279,19 @@ def test_load_predictor_from_a_file(model: PSMNet, tmp_path: Path) -> None:
     for weights in (path, str(path)):
         result = load_predictor(weights, device="cpu", precision="fp32")(left, right).disparity
         np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_another_regression(model: PSMNet, tmp_path: Path) -> None:
+    save_weights(model, tmp_path / "w.safetensors")
+    pair = random_pair()
+    first, expectation, modal = (
+        load_predictor(tmp_path / "w.safetensors", "cpu", "fp32", regression=kind)(*pair).disparity
+        for kind in (None, "expectation", "modal")
+    )
+    np.testing.assert_array_equal(first, expectation)
+    assert np.abs(modal - expectation).max() > 0.01
+    with pytest.raises(InputError, match="regression must be one of"):
+        load_predictor(tmp_path / "w.safetensors", "cpu", regression="mean")
 
 
 def test_another_search_range(model: PSMNet, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ import fa_stereo.training
 from fa_stereo.config import DatasetConfig, TrainConfig
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import Predict
+from fa_stereo.models.checkpoint import load_model
 from fa_stereo.training import Trainer
 
 # Everything that has a state: the average, the clipping, the schedule, loader processes, validation.
@@ -286,6 +287,14 @@ def test_a_signal_loses_no_checkpoint_that_is_to_be_kept(
 def test_the_micro_batch_may_change(pairs: Path, tmp_path: Path) -> None:
     Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2)).run()
     assert Trainer(tiny_config(pairs, tmp_path, trainer__epochs=4, trainer__micro_batch_size=2)).run().step == 6
+
+
+def test_the_regression_may_change(pairs: Path, tmp_path: Path) -> None:
+    """It is a matter of validation and prediction alone."""
+    Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2)).run()
+    changed = {"model__regression": "modal", "trainer__epochs": 4}
+    assert Trainer(tiny_config(pairs, tmp_path, **changed)).run().step == 6
+    assert load_model(tmp_path / "weights.safetensors").config.regression == "modal"
 
 
 @pytest.mark.parametrize(

@@ -85,12 +85,15 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict | nn.Module, dict[str, s
     precision = choose_precision(config.precision, device)
     checkpoint = find_checkpoint(config.checkpoint, device)
     model = load_model(checkpoint, device)
+    if config.regression is not None:
+        model.set_regression(config.regression)
     predict = network_predictor(optimize_for_inference(model, precision), device)
     if precision != "fp32":
         predict = repeat_in_full(predict, lambda: network_predictor(optimize_for_inference(model), device))
     return predict, {
         "method": "network",
         "checkpoint": str(config.checkpoint or checkpoint.stem),
+        "regression": model.config.regression,
         "precision": precision,
         "device": device.type,
     }
@@ -115,7 +118,8 @@ def repeat_in_full(predict: Predict, build: Callable[[], Predict]) -> Predict:
 def _subject(description: dict[str, str]) -> str:
     if description["method"] == "sgbm":
         return "OpenCV's SGBM"
-    return f"{description['checkpoint']} ({description['precision']} on {description['device']})"
+    regression = "" if description["regression"] == "expectation" else f"{description['regression']} regression, "
+    return f"{description['checkpoint']} ({regression}{description['precision']} on {description['device']})"
 
 
 def _describe_dataset(config: DatasetConfig) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fa_stereo.config import REGRESSIONS
 from fa_stereo.errors import InputError
 
 DESCRIPTION = """\
@@ -33,6 +34,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
     parser.add_argument("--precision", choices=("fp16", "fp32"), default="fp16", help="default fp16, half the size")
+    parser.add_argument(
+        "--regression", choices=REGRESSIONS, help="how the weights are to predict (default: as the run validated)"
+    )
     parser.add_argument(
         "--reestimate-batch-norm",
         type=int,
@@ -69,6 +73,7 @@ def main(argv: list[str]) -> int:
         arguments.checkpoint,
         arguments.output,
         dtype=torch.float16 if arguments.precision == "fp16" else torch.float32,
+        regression=arguments.regression,
         batch_norm_pairs=arguments.reestimate_batch_norm,
         batch_size=arguments.batch_size,
         data_root=arguments.data_root,

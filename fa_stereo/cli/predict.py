@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections import Counter
@@ -14,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fa_stereo.cli.cameras import Cameras, add_camera_arguments
+from fa_stereo.config import REGRESSIONS
 from fa_stereo.errors import InputError, RangeError
 from fa_stereo.weights import list_weights
 
 if TYPE_CHECKING:
     from fa_stereo.data.pairs import PicturePair
-    from fa_stereo.inference import DisparityPredictor
+    from fa_stereo.inference import DisparityPredictor, Prediction
 
 DESCRIPTION = """\
 Predicts the disparity of the left view of rectified pairs and writes it in the formats asked for:
@@ -31,8 +33,10 @@ Predicts the disparity of the left view of rectified pairs and writes it in the 
   depth_m   NAME_depth_m.npy: NumPy float32 [H, W], metres; inf at infinity, nan where a disparity would lie beyond
   depth_mm  NAME_depth_mm.png: 16-bit PNG, millimetres; 0 = no value, or 65.5 m and more
   ply       coloured point cloud of the left view, metres: x to the right, y down, z forward
+  confidence  8-bit PNG named NAME_confidence.png: the probability, to the network, that disparity is within some 6 px
+              of the one predicted, 255 = 1; low at edges, in hidden and in plain places
 
-The last three need the cameras: --calibration FILE, or --focal-length-px and --baseline-m.
+Depth and points need the cameras: --calibration FILE, or --focal-length-px and --baseline-m.
 
 LEFT and RIGHT are two pictures, two folders, or two quoted glob patterns, paired by name.
 A pair whose matched corners lie in different rows, or the wrong way round, is reported on stderr as looking
@@ -40,7 +44,7 @@ unrectified or swapped (see fa_stereo/rectification.py for how this is judged); 
 
 SUFFIXES = {
     "png": ".png", "pfm": ".pfm", "kitti": "_kitti.png", "npy": ".npy", "depth_m": "_depth_m.npy",
-    "depth_mm": "_depth_mm.png", "ply": ".ply",
+    "depth_mm": "_depth_mm.png", "ply": ".ply", "confidence": "_confidence.png",
 }  # fmt: skip
 FORMATS = tuple(SUFFIXES)
 DEFAULT_FORMATS = "png,pfm"
@@ -61,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--formats", metavar="LIST", help=f"any of {','.join(FORMATS)}, separated by commas (default {DEFAULT_FORMATS})"
     )
+    parser.add_argument(
+        "--min-confidence", type=float, default=0.0, metavar="P",
+        help="pixels of less confidence, from 0 to 1, get no value: black, inf in pfm and npy, no point, no depth",
+    )  # fmt: skip
     add_camera_arguments(parser)
     add_predictor_arguments(parser)
     return parser
@@ -87,6 +95,11 @@ def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-disparity", type=int, metavar="PX",
         help="search range, a multiple of 16, instead of the one the weights were trained for",
+    )  # fmt: skip
+    parser.add_argument(
+        "--regression", choices=REGRESSIONS,
+        help="disparity as the expectation of all probabilities, as in PSMNet, or as that around the most probable one "
+        "(default: what belongs to the weights; modal for the bundled ones)",
     )  # fmt: skip
     parser.add_argument(
         "--scale", type=float, default=1.0, metavar="FACTOR",
@@ -120,6 +133,8 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     from fa_stereo.data.pairs import pair_pictures
 
+    if not 0 <= arguments.min_confidence <= 1:
+        raise InputError(f"--min-confidence must be from 0 to 1, got {arguments.min_confidence:g}")
     pairs = pair_pictures(arguments.left, arguments.right)
     folder = Path(arguments.output)
     single_format = _single_format(arguments.output, arguments.formats, len(pairs))
@@ -131,11 +146,12 @@ def main(argv: list[str]) -> int:
         outputs = {pair.name: output_paths(folder, pair.name, formats) for pair in pairs}
     check_outputs(pairs, outputs)
     cameras = Cameras(arguments, formats)
-    predictor = load_named_predictor(arguments)
+    threshold: float = arguments.min_confidence
+    predictor = load_named_predictor(arguments, confidence=threshold > 0 or "confidence" in formats)
     if len(pairs) > 1:
         prepare_output_folder(folder)
-        return _predict_many(predictor, pairs, folder, outputs, cameras)
-    _predict_one(predictor, pairs[0], folder, outputs[pairs[0].name], cameras)
+        return _predict_many(predictor, pairs, folder, outputs, cameras, threshold)
+    _predict_one(predictor, pairs[0], folder, outputs[pairs[0].name], cameras, threshold)
     return 0
 
 
@@ -189,10 +205,8 @@ def prepare_output_folder(folder: Path) -> None:
         raise InputError(f"{folder}: this folder cannot be written ({reason}); choose another with -o") from error
 
 
-def _write_result(
-    path: Path, kind: str, left: NDArray[np.uint8], disparity: NDArray[np.float32], cameras: Cameras
-) -> None:
-    """Write what follows from disparity [H, W] in one of ``FORMATS``, whole or not at all.
+def _write_result(path: Path, kind: str, left: NDArray[np.uint8], prediction: Prediction, cameras: Cameras) -> None:
+    """Write what follows from a prediction in one of ``FORMATS``, whole or not at all.
 
     Raises:
         RangeError: The format cannot hold the values.
@@ -203,6 +217,8 @@ def _write_result(
     from fa_stereo.data import formats
     from fa_stereo.geometry import disparity_to_depth, point_cloud
     from fa_stereo.visualization import colorize_disparity
+
+    disparity, confidence = prediction.disparity, prediction.confidence
 
     def depth_m() -> NDArray[np.float32]:
         calibration = cameras.of_pictures(*disparity.shape)
@@ -219,6 +235,10 @@ def _write_result(
         if not (depth_m() < formats.DEPTH_MM_LIMIT_M).any():
             tqdm.write(f"warning: {path}: all is too far for 16 bits: is the baseline in metres?", file=sys.stderr)
 
+    def write_confidence() -> None:
+        assert confidence is not None
+        formats.write_picture(path, np.rint(255 * confidence).astype(np.uint8))
+
     writers: dict[str, Callable[[], None]] = {
         "png": lambda: formats.write_picture(path, colorize_disparity(disparity)),
         "pfm": lambda: formats.write_pfm(path, disparity),
@@ -227,6 +247,7 @@ def _write_result(
         "depth_m": lambda: formats.write_npy(path, depth_m()),
         "depth_mm": write_depth_mm,
         "ply": write_points,
+        "confidence": write_confidence,
     }
     writers[kind]()
 
@@ -256,8 +277,8 @@ def named_weights(arguments: argparse.Namespace) -> str | Path | None:
     return weights
 
 
-def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
-    """Load the predictor that the options of ``add_predictor_arguments`` describe.
+def load_named_predictor(arguments: argparse.Namespace, *, confidence: bool = False) -> DisparityPredictor:
+    """Load the predictor that the options of ``add_predictor_arguments`` describe, if asked for with confidence.
 
     Raises:
         InputError: An option is refused, or there are no such weights.
@@ -277,17 +298,28 @@ def load_named_predictor(arguments: argparse.Namespace) -> DisparityPredictor:
         arguments.device,
         arguments.precision,
         arguments.max_disparity,
+        regression=arguments.regression,
         scale=arguments.scale,
         band_height=arguments.tile,
         memory_gb=arguments.memory,
+        confidence=confidence,
         compile=arguments.compile,
         cuda_graph=arguments.cuda_graph,
     )
 
 
+def _without_doubtful(prediction: Prediction, threshold: float) -> Prediction:
+    """Return a prediction whose disparity is infinite (no value) where its confidence is below the threshold."""
+    if prediction.confidence is None:
+        return prediction
+    disparity = np.where(prediction.confidence >= threshold, prediction.disparity, np.float32(np.inf))
+    return dataclasses.replace(prediction, disparity=disparity)
+
+
 def _predict_one(
-    predictor: DisparityPredictor, pair: PicturePair, folder: Path, outputs: dict[Path, str], cameras: Cameras
-) -> None:
+    predictor: DisparityPredictor, pair: PicturePair, folder: Path, outputs: dict[Path, str], cameras: Cameras,
+    threshold: float,
+) -> None:  # fmt: skip
     from fa_stereo.data.formats import read_picture_pair
     from fa_stereo.inference import check_pair
     from fa_stereo.rectification import judge_pair
@@ -304,8 +336,11 @@ def _predict_one(
         f"{pair.name}: {left.shape[1]}x{left.shape[0]}, disparity {disparity.min():.1f} to {disparity.max():.1f} px, "
         f"{prediction.seconds:.2f} s on {prediction.device} in {prediction.precision}"
     )
+    prediction = _without_doubtful(prediction, threshold)
+    if not np.isfinite(prediction.disparity).any():
+        print(f"warning: {pair.name}: no pixel has a confidence of {threshold:g}", file=sys.stderr)
     for path, kind in outputs.items():
-        _write_result(path, kind, left, disparity, cameras)
+        _write_result(path, kind, left, prediction, cameras)
         print(path)
 
 
@@ -315,6 +350,7 @@ def _predict_many(
     folder: Path,
     outputs: dict[str, dict[Path, str]],
     cameras: Cameras,
+    threshold: float,
 ) -> int:
     """Predict all pairs; one that cannot be read is reported and passed over.
 
@@ -346,10 +382,11 @@ def _predict_many(
                 if suspicious <= MOST_WARNINGS:
                     for sentence in judgement.warnings:
                         tqdm.write(f"warning: {pair.name}: {sentence}", file=sys.stderr)
+            prediction = _without_doubtful(prediction, threshold)
             try:
                 for path, kind in outputs[pair.name].items():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    _write_result(path, kind, left, prediction.disparity, cameras)
+                    _write_result(path, kind, left, prediction, cameras)
             except RangeError as error:  # this pair's alone; a folder that cannot be written ends it all
                 failed.append(pair.name)
                 tqdm.write(f"failed: {pair.name}: {error}", file=sys.stderr)

@@ -18,7 +18,12 @@ from fa_stereo.errors import InputError
 from fa_stereo.models.aggregation import BasicAggregation, StackedHourglass
 from fa_stereo.models.features import FeatureExtractor
 from fa_stereo.models.recomputation import Run, call, recompute
-from fa_stereo.models.regression import regress_disparity, regress_disparity_reference
+from fa_stereo.models.regression import (
+    regress_disparity,
+    regress_disparity_reference,
+    regress_modal_disparity,
+    regress_modal_disparity_reference,
+)
 
 SIZE_MULTIPLE = 16
 """Heights and widths the network works on: quarter resolution, then two halvings."""
@@ -70,7 +75,9 @@ class PSMNet(nn.Module):
             StackedHourglass(config) if config.aggregation == "stacked_hourglass" else BasicAggregation(config)
         )
 
-    def forward(self, left: Tensor, right: Tensor, *, score: Score | None = None) -> Tensor | StereoOutput:
+    def forward(
+        self, left: Tensor, right: Tensor, *, score: Score | None = None, confidence: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor] | StereoOutput:
         """Estimate the left view's disparity.
 
         Sizes that are no multiples of 16 are padded with zeros at the top and the right, as PSMNet's evaluation does
@@ -80,9 +87,11 @@ class PSMNet(nn.Module):
             left: Normalised picture, float [B, 3, H, W]; H and W at least 16.
             right: Likewise.
             score: What turns features into scores instead of ``self.score``, to do so in pieces for example.
+            confidence: In eval mode, return confidence too.
 
         Returns:
-            In eval mode disparity in pixels, float32 [B, H, W]; in training mode a ``StereoOutput``.
+            In eval mode disparity in pixels, float32 [B, H, W], by ``config.regression``, and with ``confidence`` the
+            probability of the 12 px around the most probable disparity, likewise. In training mode a ``StereoOutput``.
 
         Raises:
             InputError: The views differ in size, or are smaller than 16x16.
@@ -100,18 +109,21 @@ class PSMNet(nn.Module):
         padded_height, padded_width = left.shape[-2:]
 
         logits = (score or self.score)(*self.extract_features(left, right))
+        sizes = self.config.max_disparity, padded_height, padded_width
+        align_corners = self.config.align_corners
         regress = regress_disparity_reference if self.plain else regress_disparity
-        disparities = tuple(
-            regress(
-                scores,
-                self.config.max_disparity,
-                padded_height,
-                padded_width,
-                align_corners=self.config.align_corners,
-            )[:, top:, :width]
-            for scores in logits
-        )
-        return StereoOutput(disparities, tuple(logits)) if self.training else disparities[-1]
+        if self.training:
+            disparities = tuple(
+                regress(scores, *sizes, align_corners=align_corners)[:, top:, :width] for scores in logits
+            )
+            return StereoOutput(disparities, tuple(logits))
+        if self.config.regression == "modal" or confidence:
+            regress_modal = regress_modal_disparity_reference if self.plain else regress_modal_disparity
+            disparity, probability = regress_modal(logits[-1], *sizes, align_corners=align_corners)
+        if self.config.regression == "expectation":
+            disparity = regress(logits[-1], *sizes, align_corners=align_corners)
+        disparity = disparity[:, top:, :width]
+        return (disparity, probability[:, top:, :width]) if confidence else disparity
 
     def set_max_disparity(self, max_disparity: int) -> None:
         """Search another range: no parameter depends on it, only the depth of the cost volume does.
@@ -123,6 +135,17 @@ class PSMNet(nn.Module):
             InputError: It is no positive multiple of 16.
         """
         self.config = dataclasses.replace(self.config, max_disparity=max_disparity)
+
+    def set_regression(self, regression: str) -> None:
+        """Predict disparity in another way: no parameter depends on it.
+
+        Args:
+            regression: ``expectation`` or ``modal``; see ``ModelConfig``.
+
+        Raises:
+            InputError: It is neither.
+        """
+        self.config = dataclasses.replace(self.config, regression=regression)
 
     def extract_features(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Return matching features [B, c, H/4, W/4] of both views [B, 3, H, W], whose sizes are multiples of 16."""

@@ -5,6 +5,10 @@ are interpolated first, at low disparity resolution; then, a band of rows at a t
 left of each pixel is a column of D/4 scores, from which ``_AnyDepths`` or ``_QuarterDepths`` compute softmax and
 expectation over D. The backward pass computes the band again: with ``p`` the softmax and ``disparity = sum_d d p_d``,
 the gradient of a score is ``p_d (d - disparity)``.
+
+The expectation of two surfaces lies between them, where there is neither: at edges, and where a match is ambiguous. For
+prediction there is the modal regression besides, which takes the expectation around the most probable disparity (after
+the dominant-modal estimator of Xu et al., CVPR 2024, in a form that is smooth in the scores).
 """
 
 from __future__ import annotations
@@ -39,6 +43,88 @@ def regress_disparity_reference(
     probabilities = torch.softmax(scores, dim=1)
     values = torch.arange(max_disparity, device=logits.device, dtype=probabilities.dtype)
     return (probabilities * values[:, None, None]).sum(1)
+
+
+def regress_modal_disparity_reference(
+    logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """Upsample all scores, then softmax and windows: what ``regress_modal_disparity`` computes, written plainly."""
+    scores = F.interpolate(
+        _at_least_float32(logits).unsqueeze(1),
+        (max_disparity, height, width),
+        mode="trilinear",
+        align_corners=align_corners,
+    ).squeeze(1)  # [B, D, H, W]
+    probabilities = torch.softmax(scores, dim=1)
+    values = torch.arange(max_disparity, device=logits.device, dtype=probabilities.dtype)[:, None, None]
+    margins = (0, 0, 0, 0, *_group_margins(max_disparity))
+    group, group_moment = (
+        F.pad(summands, margins).view(len(logits), -1, 4, height, width).sum(2)  # [B, G, H, W]
+        for summands in (probabilities, probabilities * values)
+    )
+    window, moment = (x[:, :-2] + x[:, 1:-1] + x[:, 2:] for x in (group, group_moment))  # [B, G - 2, H, W]
+    confidence = window.amax(1)
+    weights = (window / confidence.unsqueeze(1)) ** 7
+    return (weights * moment).sum(1) / (weights * window).sum(1), confidence
+
+
+def regress_modal_disparity(
+    logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """Upsample scores to full resolution and take the expectation around the most probable disparity.
+
+    Disparities 0 and 1, 2 to 5, 6 to 9, ... are a group each (four between two coarse scores), three neighbours of them
+    a window. With the probability m_s and the expectation mu_s of window s, ``disparity = sum_s m_s^8 mu_s / sum_s
+    m_s^8``: that of the window that holds most, or a mean of several that hold about as much. (Power 1 instead of 8
+    would be PSMNet's expectation, but for the ends of the range.)
+
+    Args:
+        logits: Scores [B, D/4, H/4, W/4].
+        max_disparity: D, in pixels.
+        height: H, in pixels.
+        width: W, in pixels.
+        align_corners: Convention of the trilinear upsampling; it belongs to the weights.
+
+    Returns:
+        Disparity in pixels, and confidence, the largest probability of a window, from 0 to 1; both float32 (float64 for
+        float64 logits) [B, H, W].
+    """
+    arguments = max_disparity, height, width
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _at_least_float32(logits)
+        if logits.requires_grad and torch.is_grad_enabled():
+            return regress_modal_disparity_reference(logits, *arguments, align_corners=align_corners)
+        bands = _Bands(logits, *arguments, align_corners)
+        disparity, confidence = (logits.new_empty(logits.shape[0], height, width) for _ in range(2))
+        for sample, rows in bands.positions():
+            groups = bands.depths(sample, rows).groups(bands.scores(sample, rows))
+            disparity[sample, rows], confidence[sample, rows] = _modal(*groups)
+    return disparity, confidence
+
+
+def _group_margins(max_disparity: int) -> tuple[int, int]:
+    """Return how many disparities to add before 0 and after D - 1 for whole groups, three at least."""
+    return 2, max(12, -(-(max_disparity + 2) // 4) * 4) - max_disparity - 2
+
+
+def _modal(mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return disparity and confidence [b, W].
+
+    Args:
+        mass: Of each group of disparities, in any unit: [b, G, W].
+        moment: First moment of each group about its middle, 4 g - 1/2 for group g.
+    """
+    window = mass[:, :-2] + mass[:, 1:-1] + mass[:, 2:]  # [b, G - 2, W]
+    offset = moment[:, :-2] + moment[:, 1:-1] + moment[:, 2:]
+    offset.add_(mass[:, 2:] - mass[:, :-2], alpha=4).div_(window)  # of the window's expectation from its middle
+    middles = torch.arange(window.shape[1], device=mass.device, dtype=mass.dtype)[:, None] * 4 + 3.5
+    greatest = window.amax(1)
+    # Clamped, as what its eighth power would be is nothing beside 1, but a denormal number, slow to compute with.
+    weights = window.div_(greatest[:, None]).clamp_(min=1e-4)
+    for _ in range(3):
+        weights.mul_(weights)  # to the power of 8
+    disparity = offset.add_(middles).mul_(weights).sum(1) / weights.sum(1)
+    return disparity, greatest / mass.sum(1)
 
 
 def regress_disparity(logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool) -> Tensor:
@@ -141,7 +227,7 @@ class _Bands:
         self.columns_grad: Tensor | None = None
         self.any_depths = _AnyDepths(depths, max_disparity, logits, align_corners=align_corners)
         self.quarter_depths: _QuarterDepths | None = None
-        if logits.device.type == "cpu" and max_disparity == 4 * depths and not align_corners:
+        if logits.device.type == "cpu" and max_disparity == 4 * depths > 4 and not align_corners:
             self.quarter_depths = _QuarterDepths(depths, logits)
             self.narrow = ((largest - smallest).amax((1, 3)) <= _GREATEST_SPAN).tolist()  # of each coarse row [B, H/4]
         elements = _BAND_ELEMENTS["cuda"]
@@ -207,6 +293,14 @@ class _AnyDepths:
         total, first_moment = (self.moments @ self._exponentials(scores)).unbind(1)  # sums over d of e_d and d e_d
         return first_moment / total
 
+    def groups(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mass and moment [b, G, W] of groups of disparities, for ``_modal``, of scores [b, D/4, W]."""
+        margins = (0, 0, *_group_margins(len(self.matrix)))
+        padded = F.pad(self._exponentials(scores), margins)
+        groups = padded.view(len(padded), -1, 4, padded.shape[2])  # [b, G, 4, W]
+        offsets = torch.arange(4, device=scores.device, dtype=scores.dtype) - 1.5
+        return groups.sum(2), (groups * offsets[:, None]).sum(2)
+
     def gradient(self, scores: Tensor, disparity: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of scores [b, D/4, W] whose disparity [b, W] has the gradient ``grad``."""
         weights = self._exponentials(scores)
@@ -255,6 +349,15 @@ class _QuarterDepths:
         denominator = total.sum(1) + 2 * (first + last)
         numerator = total.mul_(self.middles).add_(moment, alpha=3 / 2).sum(1) + first + (2 * self.last - 1) * last
         return numerator / denominator
+
+    def groups(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mass and moment [b, G, W] of groups of disparities, of scores [b, D/4, W] (overwritten)."""
+        total, moment, squares, product, ends = self._parts(scores)
+        total.mul_(squares)
+        moment.mul_(squares.add_(product, alpha=4 / 3)).mul_(3 / 2)
+        ends = 2 * ends  # two disparities each, 1 from the middle of their group
+        first, last = ends[:, :1], ends[:, 1:]
+        return torch.cat([first, total, last], 1), torch.cat([first, moment, -last], 1)
 
     def gradient(self, scores: Tensor, disparity: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of scores [b, D/4, W] (overwritten) whose disparity [b, W] has the gradient ``grad``."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_networks import calibrated
 from torch import Tensor
 
 from fa_stereo.cli.evaluate import PictureWriter, deviations, repeat_in_full
@@ -111,6 +112,23 @@ def test_one_process_and_two_write_the_same_files(
     assert stored["source"]["dataset"]["scene_flow"]["passes"] == "clean"
     # fewer than 8 images: one batch, which is all pixels
     assert stored["metrics"] == stored["averages"]["all"]["pixel"]
+
+
+def test_another_regression(scene_flow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "calibrated.safetensors"
+    save_weights(calibrated(), weights)
+    errors = {}
+    for regression in ("null", "expectation", "modal"):
+        options = [f"checkpoint={weights}", *data_of(scene_flow), "workers=0", "device=cpu", "max_images=1"]
+        output = tmp_path / regression
+        assert main(["evaluate", *options, f"regression={regression}", f"output_dir={output}"]) == 0
+        stored = json.loads((output / "metrics.json").read_text())
+        assert stored["source"]["regression"] == ("modal" if regression == "modal" else "expectation")
+        errors[regression] = stored["metrics"]["end_point_error"]
+    assert errors["null"] == errors["expectation"] != errors["modal"]
+    assert "calibrated.safetensors (modal regression, fp32 on cpu) on scene_flow" in capsys.readouterr().out
+    assert main(["evaluate", *options, "regression=mode", f"output_dir={tmp_path / 'no'}"]) == 2
+    assert "regression must be one of None, expectation, modal, got 'mode'" in capsys.readouterr().err
 
 
 def test_sgbm_pictures_and_comparison(repository: Path, scene_flow: Path, tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_networks import calibrated
 
 from fa_stereo.cli.main import main
 from fa_stereo.cli.predict import parse_formats
 from fa_stereo.data.formats import read_disparity, read_pfm, read_picture, write_picture
 from fa_stereo.errors import InputError
 from fa_stereo.inference import DisparityPredictor, Prediction, load_predictor
+from fa_stereo.models.checkpoint import save_weights
 from fa_stereo.visualization import colorize_disparity
 
 
@@ -213,6 +215,40 @@ def test_options_reach_the_predictor(tmp_path: Path, checkpoint: Path, capsys: p
     np.testing.assert_array_equal(np.load(out), expected.disparity)
 
 
+def test_confidence_and_pixels_without_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tmp_path / "calibrated.safetensors"
+    save_weights(calibrated(), checkpoint)
+    for name in ("a", "b"):
+        write_pair(tmp_path / f"left/{name}.png", tmp_path / f"right/{name}.png", seed=ord(name))
+    lefts, rights = tmp_path / "left", tmp_path / "right"
+    files = [read_picture(folder / "a.png") for folder in (lefts, rights)]
+    expected = load_predictor(checkpoint, "cpu", regression="modal", confidence=True)(*files)
+    assert expected.confidence is not None
+    threshold = float(np.median(expected.confidence))
+    options = ("--formats", "confidence,npy,kitti,ply", "--regression", "modal", "--checkpoint", checkpoint)
+    options += ("--focal-length-px", "100", "--baseline-m", "0.1", "--min-confidence", threshold)
+    assert predict(lefts, rights, "-o", tmp_path / "out", *options) == 0
+    grey = read_picture(tmp_path / "out/a_confidence.png")[..., 0]
+    np.testing.assert_allclose(grey / 255, expected.confidence, atol=0.51 / 255)
+    disparity = np.load(tmp_path / "out/a.npy")
+    known = np.isfinite(disparity)
+    np.testing.assert_array_equal(known, expected.confidence >= threshold)
+    np.testing.assert_array_equal(disparity[known], expected.disparity[known])
+    np.testing.assert_array_equal(np.isfinite(read_disparity(tmp_path / "out/a_kitti.png")), known)
+    assert len(read_ply(tmp_path / "out/a.ply")[0]) == known.sum()
+
+    # A pair alone, into one file; nobody is that sure.
+    pair, out = (lefts / "a.png", rights / "a.png"), tmp_path / "a_confidence.png"
+    assert predict(*pair, "-o", out, "--checkpoint", checkpoint, "--regression", "modal") == 0
+    np.testing.assert_array_equal(read_picture(out)[..., 0], grey)
+    capsys.readouterr()
+    assert predict(*pair, "-o", tmp_path / "all.pfm", "--checkpoint", checkpoint, "--min-confidence", "1") == 0
+    assert not np.isfinite(read_disparity(tmp_path / "all.pfm")).any()
+    assert "no pixel has a confidence of 1" in capsys.readouterr().err
+    assert predict(*pair, "-o", out, "--checkpoint", checkpoint, "--min-confidence", "1.5") == 2
+    assert "--min-confidence must be from 0 to 1, got 1.5" in capsys.readouterr().err
+
+
 CALIBRATION = """cam0=[100 0 30.5; 0 100 20.25; 0 0 1]
 cam1=[100 0 33.5; 0 100 20.25; 0 0 1]
 doffs=3
@@ -354,7 +390,9 @@ def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def test_formats_are_parsed() -> None:
     assert parse_formats(" PNG, npy,png") == ("png", "npy")
     for wrong in ("jpg", "png,exr", "", ","):
-        with pytest.raises(InputError, match="--formats takes any of png,pfm,kitti,npy,depth_m,depth_mm,ply"):
+        with pytest.raises(
+            InputError, match="--formats takes any of png,pfm,kitti,npy,depth_m,depth_mm,ply,confidence"
+        ):
             parse_formats(wrong)
 
 

@@ -447,6 +447,20 @@ def test_ingredients_can_be_switched_off() -> None:
         assert len(walls) > 1
 
 
+def test_plain_surfaces_show_no_texture_and_change_no_geometry() -> None:
+    usual, plain = (
+        random_scene(dataclasses.replace(SMALL, plain=share), np.random.default_rng(5)) for share in (0.0, 1.0)
+    )
+    assert max(np.abs(s.appearance.color).max() for s in usual.shapes) > 0.3
+    assert max(np.abs(s.appearance.color).max() for s in plain.shapes) < 0.1
+    # what is drawn before the first look is the same in both
+    assert plain.shapes[0].surface == usual.shapes[0].surface
+    ideal = {"noise": 0.0, "shading": 0.0, "gloss": 0.0, "haze": 0.0, "asymmetry_probability": 0.0}
+    wall = dataclasses.replace(SMALL, **ideal, plain=1.0, min_shapes=1, max_shapes=1, rooms=0.0)
+    steps = [np.abs(np.diff(render_pair(wall, index).left.astype(int), axis=1)) for index in range(4)]
+    assert np.mean([np.mean(step <= 1) for step in steps]) > 0.95  # but for the object's border
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # configuration
 
@@ -478,6 +492,7 @@ def test_unusable_values_are_refused(values: dict[str, float], message: str) -> 
         {"slant": 0.0, "curvature": 0.0},
         {"slant": 3.0, "curvature": 4.0},
         {"weak_texture": 1.0},
+        {"plain": 1.0},
         {"weak_texture": 0.0, "repetition": 1.0},
         {"weak_texture": 0.0, "repetition": 0.0, "glyphs": 1.0},
         {"gloss": 1.0, "haze": 1.0},

@@ -91,6 +91,7 @@ def test_unusable_inputs() -> None:
         ({"align_corners": True}, (32, 64)),
         ({"aggregation": "basic"}, (32, 64)),
         ({"attention_slots": list(ATTENTION_SLOTS)}, (32, 64)),
+        ({"regression": "modal"}, (37, 51)),
     ],
 )
 def test_default_path_equals_the_plain_one(changes: dict, size: tuple[int, int], training: bool, device: str) -> None:
@@ -118,6 +119,30 @@ def test_default_path_equals_the_plain_one(changes: dict, size: tuple[int, int],
             continue
         scale = reference.abs().max().clamp(min=1e-9)
         torch.testing.assert_close(gradients[name] / scale, reference / scale, atol=1e-7, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("size", [(32, 64), (37, 51)])
+def test_regression_and_confidence_are_a_matter_of_prediction(size: tuple[int, int]) -> None:
+    model = randomize(build_model(tiny()).double()).eval()
+    left, right = torch.randn(2, 2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        expectation, confidence = model(left, right, confidence=True)
+        assert torch.equal(model(left, right), expectation)
+        model.set_regression("modal")
+        modal, same = model(left, right, confidence=True)
+        model.plain = True
+        plain = model(left, right, confidence=True)
+        training = model.train()(left, right)
+        model.set_regression("expectation")
+        again = model(left, right)
+    assert modal.shape == confidence.shape == (2, *size)
+    assert torch.equal(confidence, same)
+    assert 0 < confidence.min() < confidence.max() <= 1
+    assert (modal - expectation).abs().max() > 0.01
+    torch.testing.assert_close(plain, (modal, confidence), atol=1e-9, rtol=0)
+    assert all(map(torch.equal, training.disparities, again.disparities))
+    with pytest.raises(InputError, match="regression must be one of expectation, modal, got 'mode'"):
+        model.set_regression("mode")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])

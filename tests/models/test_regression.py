@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from fa_stereo.models import regression
-from fa_stereo.models.regression import interpolation_matrix, regress_disparity, regress_disparity_reference
+from fa_stereo.models.regression import (
+    interpolation_matrix,
+    regress_disparity,
+    regress_disparity_reference,
+    regress_modal_disparity,
+    regress_modal_disparity_reference,
+)
 
 
 @pytest.mark.parametrize("regress", [regress_disparity, regress_disparity_reference])
@@ -50,6 +56,70 @@ def test_bands_equal_the_volume(
     (gradient,) = torch.autograd.grad(result, logits, upstream)
     (expected_gradient,) = torch.autograd.grad(expected, logits, upstream)
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("regress", [regress_modal_disparity, regress_modal_disparity_reference])
+def test_mode_of_two_peaks_by_hand(regress) -> None:
+    # Probabilities of 16 disparities: 0.6 at 3 and 4, 0.4 at 12; groups 0-1, 2-5, 6-9, 10-13 and 14-15.
+    probabilities = torch.full((16,), 1e-30, dtype=torch.float64)
+    probabilities[[3, 4, 12]] = torch.tensor([0.45, 0.15, 0.4], dtype=torch.float64)
+    # Coarse scores that the interpolation takes to these: with align_corners and as many scores there is none.
+    disparity, confidence = regress(probabilities.log().view(1, 16, 1, 1), 16, 1, 1, align_corners=True)
+    # Windows 0-9 and 2-13 hold 0.6 and 1, window 6-15 holds 0.4.
+    first, both, last = 0.6**8, 1.0, 0.4**8
+    expected = (first * 3.25 + both * (0.6 * 3.25 + 0.4 * 12) + last * 12) / (first + both + last)
+    torch.testing.assert_close(disparity.item(), expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(confidence.item(), 1.0, atol=1e-9, rtol=0)
+
+    # Further apart no window holds both: 0.6 against 0.4, three windows each.
+    apart = torch.full((32,), 1e-30, dtype=torch.float64)
+    apart[[7, 8, 24]] = torch.tensor([0.45, 0.15, 0.4], dtype=torch.float64)
+    disparity, confidence = regress(apart.log().view(1, 32, 1, 1), 32, 1, 1, align_corners=True)
+    expected = (0.6**8 * 7.25 + 0.4**8 * 24) / (0.6**8 + 0.4**8)
+    torch.testing.assert_close(disparity.item(), expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(confidence.item(), 0.6, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("band_elements", [1, 200, 1 << 18])
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_modal_bands_equal_the_volume(
+    size: tuple[int, ...], align_corners: bool, band_elements: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(regression._BAND_ELEMENTS, device, band_elements)
+    batch, depths, rows, columns, height, width, disparities = size
+    logits = 5 * torch.randn(batch, columns, depths, rows, dtype=torch.float64, device=device)
+    logits = logits.permute(0, 2, 3, 1)
+    arguments = disparities, height, width
+    expected = regress_modal_disparity_reference(logits, *arguments, align_corners=align_corners)
+    result = regress_modal_disparity(logits, *arguments, align_corners=align_corners)
+    torch.testing.assert_close(result, expected, atol=1e-10, rtol=0)
+    # One that needs gradients gets them.
+    leaf = logits.clone().requires_grad_()
+    disparity, _ = regress_modal_disparity(leaf, *arguments, align_corners=align_corners)
+    torch.testing.assert_close(disparity, expected[0], atol=1e-10, rtol=0)
+    assert torch.autograd.grad(disparity.sum(), leaf)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 12.0, 1e3])
+def test_modal_regression_in_float32(scale: float) -> None:
+    logits = (scale * torch.randn(1, 24, 6, 8, dtype=torch.float64) + 50).float()
+    exact = regress_modal_disparity_reference(logits.double(), 96, 24, 32, align_corners=False)
+    results = regress_modal_disparity(logits, 96, 24, 32, align_corners=False)
+    # The eighth power multiplies the rounding of the scores (1e3 * 6e-8) where two windows hold the same.
+    for result, truth in zip(results, exact, strict=True):
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result.double(), truth, atol=1e-3 if scale < 100 else 0.2, rtol=0)
+
+
+def test_one_peak_is_the_same_to_both_regressions() -> None:
+    centers = torch.tensor([10.0, 37.5, 61.3])
+    coarse = torch.arange(24) * 4 + 1.5
+    logits = -((coarse[:, None] - centers) ** 2 / 8).view(1, 24, 1, 3).double()
+    expectation = regress_disparity_reference(logits, 96, 1, 3, align_corners=False)
+    disparity, confidence = regress_modal_disparity(logits, 96, 1, 3, align_corners=False)
+    torch.testing.assert_close(disparity, expectation, atol=0.05, rtol=0)
+    assert (confidence > 0.95).all()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 12.0])
