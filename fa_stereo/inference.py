@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -43,7 +44,8 @@ class Prediction:
     """What a predictor returns for one pair.
 
     Attributes:
-        disparity: Of the left view, float32 [H, W], in pixels: ``x_right = x_left - disparity``.
+        disparity: Of the left view, float32 [H, W], in pixels: ``x_right = x_left - disparity``; that of the right one
+            if it was asked for.
         confidence: Probability, to the network, of the 12 px around the most probable disparity, float32 [H, W] from 0
             to 1; None if it was not asked for.
         seconds: Time from the arrays to the result, moving data to and from the device included.
@@ -224,6 +226,20 @@ class DisparityPredictor:
                 resized = cv2.resize(confidence, (width, height), interpolation=cv2.INTER_LINEAR)
                 confidence = np.asarray(resized, np.float32)
         return Prediction(disparity, time.perf_counter() - start, str(self.device), precision, confidence)
+
+    def predict_right(self, left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Prediction:
+        """Predict the disparity of the right view: ``x_left = x_right + disparity``.
+
+        Mirrored, the right view is a left one. Arguments and errors are those of a call.
+        """
+        left, right = check_pair(left, right)
+        prediction = self(right[:, ::-1], left[:, ::-1])
+        confidence = prediction.confidence
+        return dataclasses.replace(
+            prediction,
+            disparity=np.ascontiguousarray(prediction.disparity[:, ::-1]),
+            confidence=None if confidence is None else np.ascontiguousarray(confidence[:, ::-1]),
+        )
 
     def _build_networks(self, precision: str) -> tuple[PSMNet, Network]:
         """Return the network, and what to call with whole pictures."""

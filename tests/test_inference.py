@@ -88,6 +88,17 @@ def test_any_size_from_16_up(predictor: DisparityPredictor, size: tuple[int, int
     assert np.isfinite(disparity).all()
 
 
+def test_the_right_view_is_a_left_one_in_the_mirror(model: PSMNet) -> None:
+    left, right = random_pair()
+    predictor = DisparityPredictor(model, device="cpu", precision="fp32", confidence=True)
+    prediction = predictor.predict_right(left, right)
+    mirrored = predictor(right[:, ::-1], left[:, ::-1])
+    np.testing.assert_array_equal(prediction.disparity, mirrored.disparity[:, ::-1])
+    np.testing.assert_array_equal(prediction.confidence, mirrored.confidence[:, ::-1])
+    with pytest.raises(InputError, match="right must be uint8"):
+        predictor.predict_right(left, right.astype(np.float32))
+
+
 def test_memory_order_does_not_matter_and_inputs_stay_as_they_are(predictor: DisparityPredictor) -> None:
     left, right = random_pair()
     expected = predictor(left, right).disparity

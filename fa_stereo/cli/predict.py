@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import tempfile
 from collections import Counter
@@ -21,10 +22,12 @@ from fa_stereo.weights import list_weights
 
 if TYPE_CHECKING:
     from fa_stereo.data.pairs import PicturePair
+    from fa_stereo.geometry import StereoCalibration
     from fa_stereo.inference import DisparityPredictor, Prediction
 
 DESCRIPTION = """\
-Predicts the disparity of the left view of rectified pairs and writes it in the formats asked for:
+Predicts the disparity of rectified pairs, of the left view or with --view right of the right one, and writes it in the
+formats asked for:
 
   png       coloured picture: far is blue, near is red; from 0 to the 99.5th percentile of the picture
   pfm       32-bit float, pixels (Scene Flow, Middlebury, ETH3D)
@@ -32,7 +35,7 @@ Predicts the disparity of the left view of rectified pairs and writes it in the 
   npy       NumPy float32 [H, W], pixels
   depth_m   NAME_depth_m.npy: NumPy float32 [H, W], metres; inf at infinity, nan where a disparity would lie beyond
   depth_mm  NAME_depth_mm.png: 16-bit PNG, millimetres; 0 = no value, or 65.5 m and more
-  ply       coloured point cloud of the left view, metres: x to the right, y down, z forward
+  ply       coloured point cloud, metres from the view's camera: x to the right, y down, z forward
   confidence  8-bit PNG named NAME_confidence.png: the probability, to the network, that disparity is within some 6 px
               of the one predicted, 255 = 1; low at edges, in hidden and in plain places
 
@@ -65,6 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--formats", metavar="LIST", help=f"any of {','.join(FORMATS)}, separated by commas (default {DEFAULT_FORMATS})"
     )
+    parser.add_argument(
+        "--view", choices=("left", "right"), default="left",
+        help="whose disparity to predict (default left); that of the right view is written to NAME_right...",
+    )  # fmt: skip
+    parser.add_argument(
+        "--color-max", type=float, metavar="PX",
+        help="for png: disparity of the last colour, the same for all pairs, as the pictures of a video should have it",
+    )  # fmt: skip
     parser.add_argument(
         "--min-confidence", type=float, default=0.0, metavar="P",
         help="pixels of less confidence, from 0 to 1, get no value: black, inf in pfm and npy, no point, no depth",
@@ -135,6 +146,8 @@ def main(argv: list[str]) -> int:
 
     if not 0 <= arguments.min_confidence <= 1:
         raise InputError(f"--min-confidence must be from 0 to 1, got {arguments.min_confidence:g}")
+    if arguments.color_max is not None and not 0 < arguments.color_max < math.inf:
+        raise InputError(f"--color-max must be a positive number of pixels, got {arguments.color_max:g}")
     pairs = pair_pictures(arguments.left, arguments.right)
     folder = Path(arguments.output)
     single_format = _single_format(arguments.output, arguments.formats, len(pairs))
@@ -143,15 +156,17 @@ def main(argv: list[str]) -> int:
         outputs = {pairs[0].name: {folder: single_format}}
         folder = folder.parent
     else:
-        outputs = {pair.name: output_paths(folder, pair.name, formats) for pair in pairs}
+        suffix = "_right" if arguments.view == "right" else ""
+        outputs = {pair.name: output_paths(folder, f"{pair.name}{suffix}", formats) for pair in pairs}
     check_outputs(pairs, outputs)
     cameras = Cameras(arguments, formats)
-    threshold: float = arguments.min_confidence
-    predictor = load_named_predictor(arguments, confidence=threshold > 0 or "confidence" in formats)
+    needs_confidence = arguments.min_confidence > 0 or "confidence" in formats
+    predictor = load_named_predictor(arguments, confidence=needs_confidence)
+    job = _Job(predictor, cameras, arguments.view, arguments.min_confidence, arguments.color_max)
     if len(pairs) > 1:
         prepare_output_folder(folder)
-        return _predict_many(predictor, pairs, folder, outputs, cameras, threshold)
-    _predict_one(predictor, pairs[0], folder, outputs[pairs[0].name], cameras, threshold)
+        return _predict_many(job, pairs, folder, outputs)
+    _predict_one(job, pairs[0], folder, outputs[pairs[0].name])
     return 0
 
 
@@ -205,51 +220,85 @@ def prepare_output_folder(folder: Path) -> None:
         raise InputError(f"{folder}: this folder cannot be written ({reason}); choose another with -o") from error
 
 
-def _write_result(path: Path, kind: str, left: NDArray[np.uint8], prediction: Prediction, cameras: Cameras) -> None:
-    """Write what follows from a prediction in one of ``FORMATS``, whole or not at all.
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """How every pair is predicted, and its results are written.
 
-    Raises:
-        RangeError: The format cannot hold the values.
-        InputError: The file cannot be written.
+    Attributes:
+        predictor: The network.
+        cameras: For depth and points.
+        view: ``left`` or ``right``: whose disparity.
+        min_confidence: Pixels of less get no value.
+        color_max: Disparity of the last colour in pixels; None is each picture's own.
     """
-    from tqdm import tqdm
 
-    from fa_stereo.data import formats
-    from fa_stereo.geometry import disparity_to_depth, point_cloud
-    from fa_stereo.visualization import colorize_disparity
+    predictor: DisparityPredictor
+    cameras: Cameras
+    view: str
+    min_confidence: float
+    color_max: float | None
 
-    disparity, confidence = prediction.disparity, prediction.confidence
+    def predict(self, left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Prediction:
+        """Return the view's disparity, before any pixel loses it."""
+        return self.predictor(left, right) if self.view == "left" else self.predictor.predict_right(left, right)
 
-    def depth_m() -> NDArray[np.float32]:
-        calibration = cameras.of_pictures(*disparity.shape)
-        return disparity_to_depth(disparity, calibration.focal_length_px, calibration.baseline_m, calibration.doffs_px)
+    def without_doubtful(self, prediction: Prediction) -> Prediction:
+        """Return a prediction whose disparity is infinite (no value) where it is not confident enough."""
+        if prediction.confidence is None:
+            return prediction
+        confident = prediction.confidence >= self.min_confidence
+        return dataclasses.replace(prediction, disparity=np.where(confident, prediction.disparity, np.float32(np.inf)))
 
-    def write_points() -> None:
-        points_m, mask = point_cloud(disparity, cameras.of_pictures(*disparity.shape), cameras.max_depth_m)
-        formats.write_ply(path, points_m, left[mask])
-        if not len(points_m):
-            tqdm.write(f"warning: {path}: no point is near enough", file=sys.stderr)
+    def calibration(self, height: int, width: int) -> StereoCalibration:
+        """Return the cameras, with the principal point of the view's."""
+        cameras = self.cameras.of_pictures(height, width)
+        return cameras if self.view == "left" else dataclasses.replace(cameras, cx_px=cameras.cx_px + cameras.doffs_px)
 
-    def write_depth_mm() -> None:
-        formats.write_depth_mm(path, depth_m())
-        if not (depth_m() < formats.DEPTH_MM_LIMIT_M).any():
-            tqdm.write(f"warning: {path}: all is too far for 16 bits: is the baseline in metres?", file=sys.stderr)
+    def write(self, path: Path, kind: str, picture: NDArray[np.uint8], prediction: Prediction) -> None:
+        """Write what follows from the prediction of a view in one of ``FORMATS``, whole or not at all.
 
-    def write_confidence() -> None:
-        assert confidence is not None
-        formats.write_picture(path, np.rint(255 * confidence).astype(np.uint8))
+        Raises:
+            RangeError: The format cannot hold the values.
+            InputError: The file cannot be written.
+        """
+        from tqdm import tqdm
 
-    writers: dict[str, Callable[[], None]] = {
-        "png": lambda: formats.write_picture(path, colorize_disparity(disparity)),
-        "pfm": lambda: formats.write_pfm(path, disparity),
-        "kitti": lambda: formats.write_kitti_disparity(path, disparity),
-        "npy": lambda: formats.write_npy(path, disparity),
-        "depth_m": lambda: formats.write_npy(path, depth_m()),
-        "depth_mm": write_depth_mm,
-        "ply": write_points,
-        "confidence": write_confidence,
-    }
-    writers[kind]()
+        from fa_stereo.data import formats
+        from fa_stereo.geometry import disparity_to_depth, point_cloud
+        from fa_stereo.visualization import colorize_disparity
+
+        disparity, confidence = prediction.disparity, prediction.confidence
+
+        def depth_m() -> NDArray[np.float32]:
+            cameras = self.calibration(*disparity.shape)
+            return disparity_to_depth(disparity, cameras.focal_length_px, cameras.baseline_m, cameras.doffs_px)
+
+        def write_points() -> None:
+            points_m, mask = point_cloud(disparity, self.calibration(*disparity.shape), self.cameras.max_depth_m)
+            formats.write_ply(path, points_m, picture[mask])
+            if not len(points_m):
+                tqdm.write(f"warning: {path}: no point is near enough", file=sys.stderr)
+
+        def write_depth_mm() -> None:
+            formats.write_depth_mm(path, depth_m())
+            if not (depth_m() < formats.DEPTH_MM_LIMIT_M).any():
+                tqdm.write(f"warning: {path}: all is too far for 16 bits: is the baseline in metres?", file=sys.stderr)
+
+        def write_confidence() -> None:
+            assert confidence is not None
+            formats.write_picture(path, np.rint(255 * confidence).astype(np.uint8))
+
+        writers: dict[str, Callable[[], None]] = {
+            "png": lambda: formats.write_picture(path, colorize_disparity(disparity, self.color_max)),
+            "pfm": lambda: formats.write_pfm(path, disparity),
+            "kitti": lambda: formats.write_kitti_disparity(path, disparity),
+            "npy": lambda: formats.write_npy(path, disparity),
+            "depth_m": lambda: formats.write_npy(path, depth_m()),
+            "depth_mm": write_depth_mm,
+            "ply": write_points,
+            "confidence": write_confidence,
+        }
+        writers[kind]()
 
 
 def _single_format(output: str, formats: str | None, pairs: int) -> str | None:
@@ -308,50 +357,32 @@ def load_named_predictor(arguments: argparse.Namespace, *, confidence: bool = Fa
     )
 
 
-def _without_doubtful(prediction: Prediction, threshold: float) -> Prediction:
-    """Return a prediction whose disparity is infinite (no value) where its confidence is below the threshold."""
-    if prediction.confidence is None:
-        return prediction
-    disparity = np.where(prediction.confidence >= threshold, prediction.disparity, np.float32(np.inf))
-    return dataclasses.replace(prediction, disparity=disparity)
-
-
-def _predict_one(
-    predictor: DisparityPredictor, pair: PicturePair, folder: Path, outputs: dict[Path, str], cameras: Cameras,
-    threshold: float,
-) -> None:  # fmt: skip
+def _predict_one(job: _Job, pair: PicturePair, folder: Path, outputs: dict[Path, str]) -> None:
     from fa_stereo.data.formats import read_picture_pair
     from fa_stereo.inference import check_pair
     from fa_stereo.rectification import judge_pair
 
     left, right = check_pair(*read_picture_pair(pair.left_path, pair.right_path))
-    cameras.check(*left.shape[:2])
+    job.cameras.check(*left.shape[:2])
     prepare_output_folder(folder)
     judgement = judge_pair(left, right)
     for sentence in judgement.warnings if judgement else []:
         print(f"warning: {pair.name}: {sentence}", file=sys.stderr)
-    prediction = predictor(left, right)
+    prediction = job.predict(left, right)
     disparity = prediction.disparity
     print(
         f"{pair.name}: {left.shape[1]}x{left.shape[0]}, disparity {disparity.min():.1f} to {disparity.max():.1f} px, "
         f"{prediction.seconds:.2f} s on {prediction.device} in {prediction.precision}"
     )
-    prediction = _without_doubtful(prediction, threshold)
+    prediction = job.without_doubtful(prediction)
     if not np.isfinite(prediction.disparity).any():
-        print(f"warning: {pair.name}: no pixel has a confidence of {threshold:g}", file=sys.stderr)
+        print(f"warning: {pair.name}: no pixel has a confidence of {job.min_confidence:g}", file=sys.stderr)
     for path, kind in outputs.items():
-        _write_result(path, kind, left, prediction, cameras)
+        job.write(path, kind, left if job.view == "left" else right, prediction)
         print(path)
 
 
-def _predict_many(
-    predictor: DisparityPredictor,
-    pairs: list[PicturePair],
-    folder: Path,
-    outputs: dict[str, dict[Path, str]],
-    cameras: Cameras,
-    threshold: float,
-) -> int:
+def _predict_many(job: _Job, pairs: list[PicturePair], folder: Path, outputs: dict[str, dict[Path, str]]) -> int:
     """Predict all pairs; one that cannot be read is reported and passed over.
 
     Returns:
@@ -370,9 +401,9 @@ def _predict_many(
         for pair in progress:
             try:
                 left, right = read_picture_pair(pair.left_path, pair.right_path)
-                cameras.check(*left.shape[:2])
+                job.cameras.check(*left.shape[:2])
                 judgement = judge_pair(left, right)
-                prediction = predictor(left, right)
+                prediction = job.predict(left, right)
             except InputError as error:
                 failed.append(pair.name)
                 tqdm.write(f"failed: {pair.name}: {error}", file=sys.stderr)
@@ -382,11 +413,11 @@ def _predict_many(
                 if suspicious <= MOST_WARNINGS:
                     for sentence in judgement.warnings:
                         tqdm.write(f"warning: {pair.name}: {sentence}", file=sys.stderr)
-            prediction = _without_doubtful(prediction, threshold)
+            prediction = job.without_doubtful(prediction)
             try:
                 for path, kind in outputs[pair.name].items():
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    _write_result(path, kind, left, prediction, cameras)
+                    job.write(path, kind, left if job.view == "left" else right, prediction)
             except RangeError as error:  # this pair's alone; a folder that cannot be written ends it all
                 failed.append(pair.name)
                 tqdm.write(f"failed: {pair.name}: {error}", file=sys.stderr)
@@ -398,7 +429,7 @@ def _predict_many(
     if seconds:
         print(
             f"{len(seconds)} of {len(pairs)} pairs written to {folder}: "
-            f"{float(np.median(seconds)):.2f} s a pair on {predictor.device} in {_in_words(precisions)}"
+            f"{float(np.median(seconds)):.2f} s a pair on {job.predictor.device} in {_in_words(precisions)}"
         )
     if failed:
         names = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")

@@ -249,6 +249,27 @@ def test_confidence_and_pixels_without_enough(tmp_path: Path, capsys: pytest.Cap
     assert "--min-confidence must be from 0 to 1, got 1.5" in capsys.readouterr().err
 
 
+def test_the_right_view_in_fixed_colours(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pair(tmp_path / "a_left.png", tmp_path / "a_right.png")
+    (tmp_path / "calib.txt").write_text(CALIBRATION)
+    pair = (tmp_path / "a_left.png", tmp_path / "a_right.png")
+    left, right = (read_picture(path) for path in pair)
+    expected = load_predictor(checkpoint, "cpu").predict_right(left, right).disparity
+    options = ("--view", "right", "--color-max", "48", "--checkpoint", checkpoint)
+    formats = ("--formats", "png,npy,ply", "--calibration", tmp_path / "calib.txt")
+    assert predict(*pair, "-o", tmp_path / "out", *options, *formats) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_right.npy", "a_right.ply", "a_right.png"]
+    np.testing.assert_array_equal(np.load(tmp_path / "out/a_right.npy"), expected)
+    np.testing.assert_array_equal(read_picture(tmp_path / "out/a_right.png"), colorize_disparity(expected, 48))
+    points_m, colors = read_ply(tmp_path / "out/a_right.ply")
+    columns = np.tile(np.arange(64), 48)
+    np.testing.assert_allclose(points_m[:, 2], 100 * 0.25 / (expected.ravel().astype(np.float64) + 3), rtol=1e-6)
+    np.testing.assert_allclose(100 * points_m[:, 0] / points_m[:, 2] + 33.5, columns, atol=1e-3)  # cam1's
+    np.testing.assert_array_equal(colors, right.reshape(-1, 3))
+    assert predict(*pair, "-o", tmp_path / "out", "--color-max", "0", "--checkpoint", checkpoint) == 2
+    assert "--color-max must be a positive number of pixels, got 0" in capsys.readouterr().err
+
+
 CALIBRATION = """cam0=[100 0 30.5; 0 100 20.25; 0 0 1]
 cam1=[100 0 33.5; 0 100 20.25; 0 0 1]
 doffs=3
