@@ -130,9 +130,9 @@ class ModelConfig:
         max_disparity: D, exclusive, in pixels; a multiple of 16 (quarter resolution, then two halvings).
         align_corners: Convention of every bilinear and trilinear upsampling. It belongs to the weights: wrong, it
             costs 0.6 to 0.9 px. True for PSMNet weights trained before PyTorch 0.4, False for later ones.
-        regression: How disparity is predicted from the probabilities: by their ``expectation`` as in PSMNet, or
-            ``modal``, by that around the most probable disparity, which does not mix two surfaces at an edge. Training
-            is by the expectation either way.
+        regression: How disparity is predicted from its probabilities: by the ``expectation`` over all of the range as
+            in PSMNet, or ``modal``, by that around the most probable value, which does not mix two surfaces at an
+            edge. Training is by the expectation either way.
         attention: The attention block put into every slot named in ``attention_slots``.
         attention_slots: Where blocks sit: after ``res1`` .. ``res4`` (PSMNet's layer1 .. layer4), or after the
             ``pyramid`` pooling's fusion.
@@ -215,7 +215,7 @@ class RenderConfig:
         max_disparity: Largest disparity drawn, in pixels. Most scenes stay within 5 to 80 px; one in eight uses more
             than 60 % of the range.
         difficulty: From 0 (few smooth shapes, up to 40 px or 30 % of the range, no thin structures, holes or weak
-            texture, equal cameras) to 1 (everything below in full): for a curriculum.
+            or no texture, equal cameras) to 1 (everything below in full): for a curriculum.
         min_shapes: Fewest objects besides the background.
         max_shapes: Most objects besides the background; log-uniform in between. A group counts as one.
         wide_range: Share of scenes whose nearest disparity is drawn evenly up to 130 px, or for a third of them from 60
@@ -230,8 +230,8 @@ class RenderConfig:
         natural_texture: Of maps that are neither weak nor repetitive nor text, the share with the statistics of
             natural pictures; the rest is white noise.
         weak_texture: Probability of (nearly) uniform maps and shapes.
-        plain: Probability that a surface has no texture of its own, as painted walls and plastic have none: what is
-            left to see are its light and its borders.
+        plain: Probability that a surface has next to no texture, as painted walls and plastic: what is left to see are
+            its light and its borders. 0 draws the same scenes as versions without this option.
         repetition: Probability of a repetitive map: stripes, checkers, bricks, cloth.
         glyphs: Probability of a map with text-like marks.
         shading: Strength of illumination gradients over a shape.

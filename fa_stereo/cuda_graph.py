@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fa_stereo.errors import InputError
 
 Network = Callable[[Tensor, Tensor], Any]
-"""From both views [B, 3, H, W] to disparity [B, H, W], or to several such tensors."""
+"""From both views [B, 3, H, W] to disparity [B, H, W], or to a tuple of such maps."""
 
 
 class GraphedNetwork:
@@ -105,6 +104,6 @@ def record_cuda_graph(network: Network, left: Tensor, right: Tensor) -> Network:
             for buffer, view in zip(inputs, (left, right), strict=True):
                 buffer.copy_(view)
             graph.replay()
-            return tree_map(torch.clone, result)
+            return result.clone() if isinstance(result, Tensor) else tuple(x.clone() for x in result)
 
     return replay

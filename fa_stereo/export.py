@@ -112,7 +112,8 @@ def export_weights(
         checkpoint: A ``.pt`` file of a run, or the run's folder, for its ``last.pt``.
         output: Where to; ends in ``.safetensors``.
         dtype: Of all but batch norm, which stays float32.
-        regression: How these weights predict from now on, ``expectation`` or ``modal``; None leaves it as it was.
+        regression: How these weights predict from now on, ``expectation`` or ``modal``; None leaves it as it was. The
+            record's validation figures stay those of the run.
         batch_norm_pairs: Estimate batch norm's statistics anew over so many samples of the run's own training data,
             cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training.
         batch_size: Samples of a batch for that.
@@ -150,6 +151,7 @@ def export_weights(
         )
     if regression is not None:
         model.set_regression(regression)
+        record["regression"] = regression
     record |= notes or {}
     try:
         save_weights(model, output, record, dtype)

@@ -46,8 +46,8 @@ class Prediction:
     Attributes:
         disparity: Of the left view, float32 [H, W], in pixels: ``x_right = x_left - disparity``; that of the right one
             if it was asked for.
-        confidence: Probability, to the network, of the 12 px around the most probable disparity, float32 [H, W] from 0
-            to 1; None if it was not asked for.
+        confidence: The largest probability that the network gives to any 12 px of the range (of pixels of the resized
+            pictures with a ``scale``), float32 [H, W] from 0 to 1; None if it was not asked for.
         seconds: Time from the arrays to the result, moving data to and from the device included.
         device: Where it was computed, e.g. ``cpu`` or ``cuda:0``.
         precision: What it was computed with: fp32, bf16, fp16 or mixed.

@@ -35,12 +35,6 @@ from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
 from fa_stereo.models.optimized import DTYPES, optimize_for_inference, prepare_for_training
 from fa_stereo.models.psmnet import PSMNet, build_model
-from fa_stereo.models.regression import (
-    regress_disparity,
-    regress_disparity_reference,
-    regress_modal_disparity,
-    regress_modal_disparity_reference,
-)
 
 PARTS = ("features", "first_convolution", "aggregation", "regression", "network", "training_step", "pairs")
 """What can be measured: the parts of inference, inference as a whole on a rendered pair, one forward and backward pass,
@@ -208,12 +202,9 @@ def _inference_part(task: Task, model: PSMNet) -> Callable[[], Tensor]:
         # The fast path overwrites its input: each repetition gets another copy.
         return lambda: model.aggregation(volume if plain else volume.clone(), plain=plain)[-1]
     logits = 10 * torch.randn(task.batch, depths, height4, width4, generator=generator).to(task.device, full)
-    sizes, align_corners = (config.max_disparity, task.height, task.width), config.align_corners
     if config.regression == "modal":
-        regress_modal = regress_modal_disparity_reference if plain else regress_modal_disparity
-        return lambda: regress_modal(logits, *sizes, align_corners=align_corners)[0]
-    regress = regress_disparity_reference if plain else regress_disparity
-    return lambda: regress(logits, *sizes, align_corners=align_corners)
+        return lambda: model.mode(logits, task.height, task.width)[0]
+    return lambda: model.expectation(logits, task.height, task.width)
 
 
 def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from fa_stereo.config import AttentionConfig, ModelConfig, to_plain
+from fa_stereo.config import AttentionConfig, ModelConfig, RenderConfig, TrainConfig, flatten, to_plain
 from fa_stereo.errors import InputError
 from fa_stereo.history import FILE_NAME, read_history
 from fa_stereo.models.checkpoint import load_model, read_record
@@ -170,13 +170,24 @@ def _read_run(folder: Path) -> Run | None:
         if not all(isinstance(line.get(metric), (int, float)) for line in history):
             raise InputError(f"{folder / FILE_NAME}: a line has no {metric}: restore the file, or leave the run out")
     model = load_model(weights).config
-    training = record["training"]
+    training = _with_later_settings(record["training"])
     settings = {key: value for key, value in training.items() if not key.startswith("model.attention")}
     settings = {key: value for key, value in settings.items() if key not in _IRRELEVANT}
     settings |= {f"model.{key}": value for key, value in attention_settings(model).items()}
     start = json.dumps(record.get("started_from"), sort_keys=True)  # the record of the weights given as init_from
     settings["started_from"] = "fresh weights" if start == "null" else hashlib.sha256(start.encode()).hexdigest()[:8]
     return Run(folder, training["trainer.seed"], model, settings, history)
+
+
+def _with_later_settings(training: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run with defaults for those that the version it was trained by did not have yet."""
+    defaults = flatten(to_plain(TrainConfig()))
+    rendered = flatten(to_plain(RenderConfig()))
+    sections = {key.rpartition(".")[0] for key in training}
+    for section in sections:
+        if section.endswith(".rendered"):
+            defaults |= {f"{section}.{key}": value for key, value in rendered.items()}
+    return {key: value for key, value in defaults.items() if key.rpartition(".")[0] in sections} | training
 
 
 def attention_settings(model: ModelConfig) -> dict[str, Any]:

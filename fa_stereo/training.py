@@ -569,6 +569,8 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         self.validated_step = state["validated_step"]
         self.validation, self.best = state["validation"], state["best"]
+        if state["config"]["model"].get("regression", "expectation") != self.config.model.regression:
+            self.best = {}  # what is validated is another prediction: errors cannot be compared
         self.seconds, self.started_from = state.get("seconds"), state.get("started_from")
         self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
         if distributed.rank() < len(state["random_states"]):

@@ -12,9 +12,11 @@ import pytest
 import torch
 from random_networks import calibrated
 
+from fa_stereo.cli.demo import read_demo_pair
 from fa_stereo.config import ModelConfig
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
+from fa_stereo.geometry import warp_right_to_left
 from fa_stereo.inference import DisparityPredictor, choose_device, choose_precision, load_predictor
 from fa_stereo.machine import compute_float32_in_full
 from fa_stereo.models.checkpoint import save_weights
@@ -94,6 +96,14 @@ def test_the_right_view_is_a_left_one_in_the_mirror(model: PSMNet) -> None:
     prediction = predictor.predict_right(left, right)
     mirrored = predictor(right[:, ::-1], left[:, ::-1])
     np.testing.assert_array_equal(prediction.disparity, mirrored.disparity[:, ::-1])
+    pair = read_demo_pair()
+    disparity = torch.from_numpy(load_predictor("small", "cpu").predict_right(pair.left, pair.right).disparity)[None]
+    left_view, right_view = (torch.from_numpy(view).movedim(-1, 0)[None].float() for view in (pair.left, pair.right))
+    differences = []
+    for sign in (1, -1):  # x_left = x_right + d
+        warped, mask = warp_right_to_left(left_view, -sign * disparity)
+        differences.append(float((warped - right_view).abs().mean(1)[mask].mean()))
+    assert differences[0] < 0.5 * differences[1]
     np.testing.assert_array_equal(prediction.confidence, mirrored.confidence[:, ::-1])
     with pytest.raises(InputError, match="right must be uint8"):
         predictor.predict_right(left, right.astype(np.float32))

@@ -29,20 +29,20 @@ def test_the_volume_by_indices(width: int, disparities: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "aggregation", "align_corners", "size", "batch"),
+    ("kind", "aggregation", "align_corners", "regression", "size", "batch"),
     [
-        ("factorized", "stacked_hourglass", False, (50, 70), 1),
-        ("non_local", "basic", True, (32, 64), 2),
-        ("axial", "basic", False, (48, 32), 1),
-        ("none", "basic", False, (16, 16), 1),
+        ("factorized", "stacked_hourglass", False, "modal", (50, 70), 1),
+        ("non_local", "basic", True, "expectation", (32, 64), 2),
+        ("axial", "basic", False, "expectation", (48, 32), 1),
+        ("none", "basic", False, "modal", (16, 16), 1),
     ],
 )
 def test_onnx_runtime_computes_the_same(
-    kind: str, aggregation: str, align_corners: bool, size: tuple[int, int], batch: int
+    kind: str, aggregation: str, align_corners: bool, regression: str, size: tuple[int, int], batch: int
 ) -> None:
     torch.manual_seed(0)
     config = ModelConfig(
-        base_channels=4, max_disparity=32, align_corners=align_corners, aggregation=aggregation,
+        base_channels=4, max_disparity=32, align_corners=align_corners, aggregation=aggregation, regression=regression,
         attention=AttentionConfig(kind=kind, key_channels=8, heads=2 if kind == "factorized" else 1),
     )  # fmt: skip
     model = build_model(config).eval()

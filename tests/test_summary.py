@@ -14,6 +14,7 @@ from torch import nn
 from fa_stereo.attention.complexity import block_cost
 from fa_stereo.config import AttentionConfig, ModelConfig
 from fa_stereo.errors import InputError
+from fa_stereo.models.checkpoint import load_model, read_record, save_weights
 from fa_stereo.models.psmnet import build_model
 from fa_stereo.summary import (
     choose_baseline,
@@ -74,6 +75,16 @@ def test_other_slots_and_recipes_are_other_variants(tmp_path: Path) -> None:
     assert labels(tmp_path) == ["factorized, slots=res3,res4", "factorized, slots=res4"]
     write_run(tmp_path / "2", slots=["res4"], trainer={"batch_size": 2})
     assert "factorized, trainer.batch_size=2, slots=res4" in labels(tmp_path)
+
+
+def test_settings_that_came_later_had_their_defaults(tmp_path: Path) -> None:
+    write_run(tmp_path / "0")
+    weights = write_run(tmp_path / "1", seed=1) / "weights.safetensors"
+    record = read_record(weights)
+    for later in ("model.regression", "data.train.rendered.plain", "trainer.ema_decay"):
+        del record["training"][later]
+    save_weights(load_model(weights), weights, record)
+    assert labels(tmp_path) == ["factorized"]
 
 
 def test_other_weights_to_start_from_make_another_variant(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ formats asked for:
   depth_m   NAME_depth_m.npy: NumPy float32 [H, W], metres; inf at infinity, nan where a disparity would lie beyond
   depth_mm  NAME_depth_mm.png: 16-bit PNG, millimetres; 0 = no value, or 65.5 m and more
   ply       coloured point cloud, metres from the view's camera: x to the right, y down, z forward
-  confidence  8-bit PNG named NAME_confidence.png: the probability, to the network, that disparity is within some 6 px
-              of the one predicted, 255 = 1; low at edges, in hidden and in plain places
+  confidence  NAME_confidence.png: 8-bit PNG, the largest probability that the network gives to any 12 px of the range,
+              255 = 1; low at edges, in hidden and in plain places
 
 Depth and points need the cameras: --calibration FILE, or --focal-length-px and --baseline-m.
 
@@ -109,7 +109,7 @@ def add_predictor_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--regression", choices=REGRESSIONS,
-        help="disparity as the expectation of all probabilities, as in PSMNet, or as that around the most probable one "
+        help="disparity by its expectation over all of the range, as in PSMNet, or around the most probable value "
         "(default: what belongs to the weights; modal for the bundled ones)",
     )  # fmt: skip
     parser.add_argument(
@@ -146,12 +146,14 @@ def main(argv: list[str]) -> int:
 
     if not 0 <= arguments.min_confidence <= 1:
         raise InputError(f"--min-confidence must be from 0 to 1, got {arguments.min_confidence:g}")
-    if arguments.color_max is not None and not 0 < arguments.color_max < math.inf:
-        raise InputError(f"--color-max must be a positive number of pixels, got {arguments.color_max:g}")
     pairs = pair_pictures(arguments.left, arguments.right)
     folder = Path(arguments.output)
     single_format = _single_format(arguments.output, arguments.formats, len(pairs))
     formats = (single_format,) if single_format else parse_formats(arguments.formats or DEFAULT_FORMATS)
+    if arguments.color_max is not None and "png" not in formats:
+        raise InputError("--color-max is for the format png: ask for it, or leave --color-max out")
+    if arguments.color_max is not None and not 0 < arguments.color_max < math.inf:
+        raise InputError(f"--color-max must be a positive number of pixels, got {arguments.color_max:g}")
     if single_format:
         outputs = {pairs[0].name: {folder: single_format}}
         folder = folder.parent
@@ -242,15 +244,21 @@ class _Job:
         """Return the view's disparity, before any pixel loses it."""
         return self.predictor(left, right) if self.view == "left" else self.predictor.predict_right(left, right)
 
-    def without_doubtful(self, prediction: Prediction) -> Prediction:
-        """Return a prediction whose disparity is infinite (no value) where it is not confident enough."""
+    def without_doubtful(self, name: str, prediction: Prediction) -> Prediction:
+        """Return the prediction of a pair whose disparity is infinite (no value) where it is not confident enough."""
+        from tqdm import tqdm
+
         if prediction.confidence is None:
             return prediction
         confident = prediction.confidence >= self.min_confidence
+        if not confident.any():
+            tqdm.write(
+                f"warning: {name}: no pixel has a confidence of {self.min_confidence:g} or more", file=sys.stderr
+            )
         return dataclasses.replace(prediction, disparity=np.where(confident, prediction.disparity, np.float32(np.inf)))
 
     def calibration(self, height: int, width: int) -> StereoCalibration:
-        """Return the cameras, with the principal point of the view's."""
+        """Return the cameras; ``cx_px`` is the column of the view's own principal point."""
         cameras = self.cameras.of_pictures(height, width)
         return cameras if self.view == "left" else dataclasses.replace(cameras, cx_px=cameras.cx_px + cameras.doffs_px)
 
@@ -268,6 +276,7 @@ class _Job:
         from fa_stereo.visualization import colorize_disparity
 
         disparity, confidence = prediction.disparity, prediction.confidence
+        some_known = bool(np.isfinite(disparity).any())
 
         def depth_m() -> NDArray[np.float32]:
             cameras = self.calibration(*disparity.shape)
@@ -276,12 +285,12 @@ class _Job:
         def write_points() -> None:
             points_m, mask = point_cloud(disparity, self.calibration(*disparity.shape), self.cameras.max_depth_m)
             formats.write_ply(path, points_m, picture[mask])
-            if not len(points_m):
+            if some_known and not len(points_m):
                 tqdm.write(f"warning: {path}: no point is near enough", file=sys.stderr)
 
         def write_depth_mm() -> None:
             formats.write_depth_mm(path, depth_m())
-            if not (depth_m() < formats.DEPTH_MM_LIMIT_M).any():
+            if some_known and not (depth_m() < formats.DEPTH_MM_LIMIT_M).any():
                 tqdm.write(f"warning: {path}: all is too far for 16 bits: is the baseline in metres?", file=sys.stderr)
 
         def write_confidence() -> None:
@@ -327,7 +336,7 @@ def named_weights(arguments: argparse.Namespace) -> str | Path | None:
 
 
 def load_named_predictor(arguments: argparse.Namespace, *, confidence: bool = False) -> DisparityPredictor:
-    """Load the predictor that the options of ``add_predictor_arguments`` describe, if asked for with confidence.
+    """Load the predictor that the options of ``add_predictor_arguments`` describe, with confidence if asked for.
 
     Raises:
         InputError: An option is refused, or there are no such weights.
@@ -374,9 +383,7 @@ def _predict_one(job: _Job, pair: PicturePair, folder: Path, outputs: dict[Path,
         f"{pair.name}: {left.shape[1]}x{left.shape[0]}, disparity {disparity.min():.1f} to {disparity.max():.1f} px, "
         f"{prediction.seconds:.2f} s on {prediction.device} in {prediction.precision}"
     )
-    prediction = job.without_doubtful(prediction)
-    if not np.isfinite(prediction.disparity).any():
-        print(f"warning: {pair.name}: no pixel has a confidence of {job.min_confidence:g}", file=sys.stderr)
+    prediction = job.without_doubtful(pair.name, prediction)
     for path, kind in outputs.items():
         job.write(path, kind, left if job.view == "left" else right, prediction)
         print(path)
@@ -413,7 +420,7 @@ def _predict_many(job: _Job, pairs: list[PicturePair], folder: Path, outputs: di
                 if suspicious <= MOST_WARNINGS:
                     for sentence in judgement.warnings:
                         tqdm.write(f"warning: {pair.name}: {sentence}", file=sys.stderr)
-            prediction = job.without_doubtful(prediction)
+            prediction = job.without_doubtful(pair.name, prediction)
             try:
                 for path, kind in outputs[pair.name].items():
                     path.parent.mkdir(parents=True, exist_ok=True)

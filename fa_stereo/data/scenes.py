@@ -934,7 +934,7 @@ class _SceneBuilder:
         color[:, 3] = rng.uniform(0.0, 0.25) if rng.random() < 0.6 else 0.02
         if rng.random() < self.config.weak_texture * self.difficulty:
             color[:, 3] = rng.uniform(0.0, 0.03)
-        if self.config.plain > 0 and rng.random() < self.config.plain * self.difficulty:
+        if self.config.plain and rng.random() < self.config.plain * self.difficulty:
             color *= rng.uniform(0.0, 0.04)
         return color, bias
 

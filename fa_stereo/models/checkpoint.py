@@ -264,6 +264,10 @@ def load_matching_weights(model: PSMNet, path: str | Path) -> MatchReport:
             f"these weights need model.align_corners={str(config.align_corners).lower()}, which is "
             f"{str(model.config.align_corners).lower()} here: disparity will be off until training has made up for it"
         )
+    if config.regression != model.config.regression:
+        report.notes.append(
+            f"these weights predict by model.regression={config.regression}, which is {model.config.regression} here"
+        )
     model.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     return report
 

@@ -90,8 +90,8 @@ class PSMNet(nn.Module):
             confidence: In eval mode, return confidence too.
 
         Returns:
-            In eval mode disparity in pixels, float32 [B, H, W], by ``config.regression``, and with ``confidence`` the
-            probability of the 12 px around the most probable disparity, likewise. In training mode a ``StereoOutput``.
+            In eval mode disparity in pixels, float32 [B, H, W], by ``config.regression``, and with ``confidence`` that
+            of ``regress_modal_disparity``, likewise. In training mode a ``StereoOutput``.
 
         Raises:
             InputError: The views differ in size, or are smaller than 16x16.
@@ -109,21 +109,27 @@ class PSMNet(nn.Module):
         padded_height, padded_width = left.shape[-2:]
 
         logits = (score or self.score)(*self.extract_features(left, right))
-        sizes = self.config.max_disparity, padded_height, padded_width
-        align_corners = self.config.align_corners
-        regress = regress_disparity_reference if self.plain else regress_disparity
         if self.training:
-            disparities = tuple(
-                regress(scores, *sizes, align_corners=align_corners)[:, top:, :width] for scores in logits
-            )
+            disparities = tuple(self.expectation(x, padded_height, padded_width)[:, top:, :width] for x in logits)
             return StereoOutput(disparities, tuple(logits))
-        if self.config.regression == "modal" or confidence:
-            regress_modal = regress_modal_disparity_reference if self.plain else regress_modal_disparity
-            disparity, probability = regress_modal(logits[-1], *sizes, align_corners=align_corners)
+        scores = logits[-1]
+        if self.config.regression == "expectation" and not confidence:
+            return self.expectation(scores, padded_height, padded_width)[:, top:, :width]
+        disparity, probability = self.mode(scores, padded_height, padded_width)
         if self.config.regression == "expectation":
-            disparity = regress(logits[-1], *sizes, align_corners=align_corners)
+            disparity = self.expectation(scores, padded_height, padded_width)
         disparity = disparity[:, top:, :width]
         return (disparity, probability[:, top:, :width]) if confidence else disparity
+
+    def expectation(self, scores: Tensor, height: int, width: int) -> Tensor:
+        """Return disparity [B, H, W] of scores [B, D/4, H/4, W/4] by ``regress_disparity``."""
+        regress = regress_disparity_reference if self.plain else regress_disparity
+        return regress(scores, self.config.max_disparity, height, width, align_corners=self.config.align_corners)
+
+    def mode(self, scores: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return disparity and confidence [B, H, W] of scores [B, D/4, H/4, W/4] by ``regress_modal_disparity``."""
+        regress = regress_modal_disparity_reference if self.plain else regress_modal_disparity
+        return regress(scores, self.config.max_disparity, height, width, align_corners=self.config.align_corners)
 
     def set_max_disparity(self, max_disparity: int) -> None:
         """Search another range: no parameter depends on it, only the depth of the cost volume does.

@@ -34,6 +34,29 @@ def regress_disparity_reference(
     logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool
 ) -> Tensor:
     """Upsample all scores, then softmax and expectation: what ``regress_disparity`` computes, written plainly."""
+    _, moments = _probabilities(logits, max_disparity, height, width, align_corners)
+    return moments.sum(1)
+
+
+def regress_modal_disparity_reference(
+    logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """Upsample all scores, then softmax and windows: what ``regress_modal_disparity`` computes, written plainly."""
+    before, after = _group_margins(max_disparity)
+    group, group_moment = (
+        F.pad(summands, (0, 0, 0, 0, before, after)).view(len(logits), -1, 4, height, width).sum(2)  # [B, G, H, W]
+        for summands in _probabilities(logits, max_disparity, height, width, align_corners)
+    )
+    window, moment = (x[:, :-2] + x[:, 1:-1] + x[:, 2:] for x in (group, group_moment))  # [B, G - 2, H, W]
+    largest = window.amax(1)
+    weights = (window / largest.unsqueeze(1)) ** 7
+    return (weights * moment).sum(1) / (weights * window).sum(1), largest.clamp(max=1)
+
+
+def _probabilities(
+    logits: Tensor, max_disparity: int, height: int, width: int, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the softmax p_d of the upsampled scores, and d p_d: [B, D, H, W] each."""
     scores = F.interpolate(
         _at_least_float32(logits).unsqueeze(1),
         (max_disparity, height, width),
@@ -42,30 +65,7 @@ def regress_disparity_reference(
     ).squeeze(1)  # [B, D, H, W]
     probabilities = torch.softmax(scores, dim=1)
     values = torch.arange(max_disparity, device=logits.device, dtype=probabilities.dtype)
-    return (probabilities * values[:, None, None]).sum(1)
-
-
-def regress_modal_disparity_reference(
-    logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool
-) -> tuple[Tensor, Tensor]:
-    """Upsample all scores, then softmax and windows: what ``regress_modal_disparity`` computes, written plainly."""
-    scores = F.interpolate(
-        _at_least_float32(logits).unsqueeze(1),
-        (max_disparity, height, width),
-        mode="trilinear",
-        align_corners=align_corners,
-    ).squeeze(1)  # [B, D, H, W]
-    probabilities = torch.softmax(scores, dim=1)
-    values = torch.arange(max_disparity, device=logits.device, dtype=probabilities.dtype)[:, None, None]
-    margins = (0, 0, 0, 0, *_group_margins(max_disparity))
-    group, group_moment = (
-        F.pad(summands, margins).view(len(logits), -1, 4, height, width).sum(2)  # [B, G, H, W]
-        for summands in (probabilities, probabilities * values)
-    )
-    window, moment = (x[:, :-2] + x[:, 1:-1] + x[:, 2:] for x in (group, group_moment))  # [B, G - 2, H, W]
-    confidence = window.amax(1)
-    weights = (window / confidence.unsqueeze(1)) ** 7
-    return (weights * moment).sum(1) / (weights * window).sum(1), confidence
+    return probabilities, probabilities * values[:, None, None]
 
 
 def regress_modal_disparity(
@@ -77,6 +77,9 @@ def regress_modal_disparity(
     a window. With the probability m_s and the expectation mu_s of window s, ``disparity = sum_s m_s^8 mu_s / sum_s
     m_s^8``: that of the window that holds most, or a mean of several that hold about as much. (Power 1 instead of 8
     would be PSMNet's expectation, but for the ends of the range.)
+
+    For prediction: without the volume only where no gradient is asked for; otherwise it is
+    ``regress_modal_disparity_reference``.
 
     Args:
         logits: Scores [B, D/4, H/4, W/4].
@@ -124,7 +127,7 @@ def _modal(mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(3):
         weights.mul_(weights)  # to the power of 8
     disparity = offset.add_(middles).mul_(weights).sum(1) / weights.sum(1)
-    return disparity, greatest / mass.sum(1)
+    return disparity, (greatest / mass.sum(1)).clamp_(max=1)  # rounded, it can be more
 
 
 def regress_disparity(logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool) -> Tensor:
@@ -281,6 +284,10 @@ class _AnyDepths:
         self.matrix = interpolation_matrix(depths, max_disparity, like, align_corners=align_corners)
         values = torch.arange(max_disparity, device=like.device, dtype=like.dtype)
         self.moments = torch.stack([torch.ones_like(values), values])  # [2, D]
+        groups = torch.arange(sum((max_disparity, *_group_margins(max_disparity))) // 4, device=like.device)
+        members = torch.div(values + 2, 4, rounding_mode="floor") == groups[:, None]  # [G, D]
+        offsets = values + 0.5 - 4 * groups[:, None]
+        self.group_moments = torch.stack([members.to(like.dtype), members * offsets])  # [2, G, D]
 
     def _exponentials(self, scores: Tensor) -> Tensor:
         """Interpolate scores and exponentiate them less their largest: [b, D/4, W] -> [b, D, W]."""
@@ -295,11 +302,9 @@ class _AnyDepths:
 
     def groups(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return mass and moment [b, G, W] of groups of disparities, for ``_modal``, of scores [b, D/4, W]."""
-        margins = (0, 0, *_group_margins(len(self.matrix)))
-        padded = F.pad(self._exponentials(scores), margins)
-        groups = padded.view(len(padded), -1, 4, padded.shape[2])  # [b, G, 4, W]
-        offsets = torch.arange(4, device=scores.device, dtype=scores.dtype) - 1.5
-        return groups.sum(2), (groups * offsets[:, None]).sum(2)
+        exponentials = self._exponentials(scores)
+        mass, moment = (matrix @ exponentials for matrix in self.group_moments)
+        return mass, moment
 
     def gradient(self, scores: Tensor, disparity: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of scores [b, D/4, W] whose disparity [b, W] has the gradient ``grad``."""

@@ -244,7 +244,7 @@ def test_confidence_and_pixels_without_enough(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert predict(*pair, "-o", tmp_path / "all.pfm", "--checkpoint", checkpoint, "--min-confidence", "1") == 0
     assert not np.isfinite(read_disparity(tmp_path / "all.pfm")).any()
-    assert "no pixel has a confidence of 1" in capsys.readouterr().err
+    assert "no pixel has a confidence of 1 or more" in capsys.readouterr().err
     assert predict(*pair, "-o", out, "--checkpoint", checkpoint, "--min-confidence", "1.5") == 2
     assert "--min-confidence must be from 0 to 1, got 1.5" in capsys.readouterr().err
 
@@ -268,6 +268,8 @@ def test_the_right_view_in_fixed_colours(tmp_path: Path, checkpoint: Path, capsy
     np.testing.assert_array_equal(colors, right.reshape(-1, 3))
     assert predict(*pair, "-o", tmp_path / "out", "--color-max", "0", "--checkpoint", checkpoint) == 2
     assert "--color-max must be a positive number of pixels, got 0" in capsys.readouterr().err
+    assert predict(*pair, "-o", tmp_path / "a.pfm", "--color-max", "9", "--checkpoint", checkpoint) == 2
+    assert "--color-max is for the format png" in capsys.readouterr().err
 
 
 CALIBRATION = """cam0=[100 0 30.5; 0 100 20.25; 0 0 1]

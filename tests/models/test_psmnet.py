@@ -91,7 +91,6 @@ def test_unusable_inputs() -> None:
         ({"align_corners": True}, (32, 64)),
         ({"aggregation": "basic"}, (32, 64)),
         ({"attention_slots": list(ATTENTION_SLOTS)}, (32, 64)),
-        ({"regression": "modal"}, (37, 51)),
     ],
 )
 def test_default_path_equals_the_plain_one(changes: dict, size: tuple[int, int], training: bool, device: str) -> None:

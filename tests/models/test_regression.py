@@ -107,9 +107,9 @@ def test_modal_regression_in_float32(scale: float) -> None:
     exact = regress_modal_disparity_reference(logits.double(), 96, 24, 32, align_corners=False)
     results = regress_modal_disparity(logits, 96, 24, 32, align_corners=False)
     # The eighth power multiplies the rounding of the scores (1e3 * 6e-8) where two windows hold the same.
-    for result, truth in zip(results, exact, strict=True):
+    for result, truth, atol in zip(results, exact, (1e-3 if scale < 100 else 0.2, 1e-4), strict=True):
         assert result.dtype == torch.float32
-        torch.testing.assert_close(result.double(), truth, atol=1e-3 if scale < 100 else 0.2, rtol=0)
+        torch.testing.assert_close(result.double(), truth, atol=atol, rtol=0)
 
 
 def test_one_peak_is_the_same_to_both_regressions() -> None:
@@ -155,6 +155,13 @@ def test_scores_too_far_apart_for_roots_take_the_matrix(monkeypatch: pytest.Monk
     upstream = torch.randn_like(results[0])
     gradients = [torch.autograd.grad(result, logits, upstream)[0] for result in results]
     torch.testing.assert_close(*gradients, atol=1e-10, rtol=0)
+    used.clear()
+    modal, reference = (
+        f(logits.detach(), 24, 20, 16, align_corners=False)
+        for f in (regress_modal_disparity, regress_modal_disparity_reference)
+    )
+    assert {type(depths).__name__ for depths in used} == {"_AnyDepths", "_QuarterDepths"}
+    torch.testing.assert_close(modal, reference, atol=1e-10, rtol=0)
 
 
 def test_there_is_no_second_derivative() -> None:
@@ -171,8 +178,11 @@ def test_there_is_no_second_derivative() -> None:
 def test_not_a_number_is_passed_on() -> None:
     logits = torch.randn(1, 4, 4, 4)
     logits[0, 1, 0, 0] = float("nan")
-    result = regress_disparity(logits, 16, 16, 16, align_corners=False)
-    assert result[0, :2, :2].isnan().all()
+    for result in (
+        regress_disparity(logits, 16, 16, 16, align_corners=False),
+        *regress_modal_disparity(logits, 16, 16, 16, align_corners=False),
+    ):
+        assert result[0, :2, :2].isnan().all()
 
 
 def test_extreme_scores_stay_finite() -> None:
@@ -181,6 +191,10 @@ def test_extreme_scores_stay_finite() -> None:
     expected = regress_disparity_reference(logits, 16, 16, 16, align_corners=False)
     assert torch.isfinite(result).all()
     assert ((result - expected).abs() < 1e-3).float().mean() > 0.99  # a tie may fall either way in float32
+    modal, confidence = regress_modal_disparity(logits, 16, 16, 16, align_corners=False)
+    expected, _ = regress_modal_disparity_reference(logits, 16, 16, 16, align_corners=False)
+    assert ((modal - expected).abs() < 1e-3).float().mean() > 0.99
+    assert 0 < confidence.min() <= confidence.max() <= 1
 
 
 def test_autocast_leaves_the_regression_in_float32() -> None:
@@ -188,8 +202,10 @@ def test_autocast_leaves_the_regression_in_float32() -> None:
     expected = regress_disparity(logits, 32, 16, 24, align_corners=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = regress_disparity(logits, 32, 16, 24, align_corners=False)
-    assert result.dtype == torch.float32
+        modal, _ = regress_modal_disparity(logits, 32, 16, 24, align_corners=False)
+    assert result.dtype == modal.dtype == torch.float32
     assert torch.equal(result, expected)
+    assert torch.equal(modal, regress_modal_disparity(logits, 32, 16, 24, align_corners=False)[0])
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
