@@ -21,7 +21,9 @@ from fa_stereo.errors import InputError
 from fa_stereo.machine import available_cores
 from fa_stereo.models.batch_norm import reestimate_batch_norm
 from fa_stereo.models.checkpoint import is_torch_file, load_model, read_record, read_torch_file, save_weights
+from fa_stereo.models.psmnet import PSMNet
 from fa_stereo.sampling import StepSampler, TrainingStream, make_loader
+from fa_stereo.weights import WEIGHT_NAMES, find_weights
 
 _NEEDED = {"model_config", "model", "config", "step", "samples", "validation"}
 _CURVE = ("step", "end_point_error", "bad_1", "bad_3")
@@ -99,6 +101,7 @@ def export_weights(
     *,
     dtype: torch.dtype = torch.float16,
     regression: str | None = None,
+    average_with: str | Path | None = None,
     batch_norm_pairs: int = 0,
     batch_size: int = 8,
     data_root: str | None = None,
@@ -114,6 +117,8 @@ def export_weights(
         dtype: Of all but batch norm, which stays float32.
         regression: How these weights predict from now on, ``expectation`` or ``modal``; None leaves it as it was. The
             record's validation figures stay those of the run.
+        average_with: Other weights of the same network, a bundled name or a file, those that the run started from for
+            example: the mean of both is written (Wortsman et al. 2022, "Model soups"), of batch norm's statistics too.
         batch_norm_pairs: Estimate batch norm's statistics anew over so many samples of the run's own training data,
             cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training.
         batch_size: Samples of a batch for that.
@@ -140,6 +145,10 @@ def export_weights(
     if missing := sorted(_NEEDED - state.keys()):
         raise InputError(f"{checkpoint}: not a training checkpoint (no {missing[0]!r}): name the last.pt of a run")
     record = training_record(state)
+    if average_with is not None:
+        file = find_weights(average_with) if average_with in WEIGHT_NAMES else Path(average_with)
+        average_weights(model, load_model(file, device), str(average_with))
+        record["averaged_with"] = {key: find_record(file).get(key) for key in ("steps", "samples_seen_in_all")}
     if batch_norm_pairs:
         data = from_plain(DataConfig, state["config"]["data"], where=f"{checkpoint}: data")
         if data_root is not None:
@@ -158,6 +167,27 @@ def export_weights(
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror or error}); choose another place") from error
     return record
+
+
+@torch.no_grad()
+def average_weights(model: PSMNet, other: PSMNet, name: str) -> None:
+    """Replace the weights of a network by the mean of its own and another's.
+
+    Args:
+        model: The network.
+        other: One of the same shape.
+        name: Of the other, for the error message.
+
+    Raises:
+        InputError: A weight has another shape, or is missing.
+    """
+    own, others = model.state_dict(), other.state_dict()
+    for key in own.keys() | others.keys():
+        if key not in own or key not in others or own[key].shape != others[key].shape:
+            raise InputError(f"{name}: cannot be averaged with these weights: {key} is not alike in both; leave it out")
+    for key, tensor in own.items():
+        if tensor.is_floating_point():  # not batch norm's counters
+            tensor.add_(others[key]).div_(2)
 
 
 def training_batches(

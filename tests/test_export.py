@@ -11,11 +11,12 @@ from safetensors import safe_open
 from training_runs import tiny_config, write_pairs
 
 from fa_stereo.cli.main import main
-from fa_stereo.config import DataConfig, from_plain
+from fa_stereo.config import DataConfig, ModelConfig, from_plain
 from fa_stereo.errors import InputError
 from fa_stereo.export import export_weights, find_record, samples_seen, training_batches, without_paths
 from fa_stereo.models.batch_norm import reestimate_batch_norm
-from fa_stereo.models.checkpoint import load_model, read_record, read_torch_file
+from fa_stereo.models.checkpoint import load_model, read_record, read_torch_file, save_weights
+from fa_stereo.models.psmnet import build_model
 from fa_stereo.training import Trainer
 
 STATISTICS = ("running_mean", "running_var")
@@ -66,6 +67,25 @@ def test_how_the_weights_predict_is_chosen_at_export(run: Path, tmp_path: Path) 
         assert load_model(tmp_path / "w.safetensors").config.regression == regression
     assert main(["export-weights", str(run), "-o", str(tmp_path / "v.safetensors"), "--regression", "modal"]) == 0
     assert load_model(tmp_path / "v.safetensors").config.regression == "modal"
+
+
+def test_the_mean_with_other_weights(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    single = {"dtype": torch.float32}
+    export_weights(run / "last.pt", tmp_path / "a.safetensors", **single)
+    other = load_model(tmp_path / "a.safetensors")
+    for parameter in other.parameters():
+        parameter.data += 2.0
+    save_weights(other, tmp_path / "b.safetensors", {"steps": 9, "samples_seen_in_all": 70})
+    record = export_weights(run, tmp_path / "c.safetensors", average_with=tmp_path / "b.safetensors", **single)
+    assert record["averaged_with"] == {"steps": 9, "samples_seen_in_all": 70}
+    first, mean = (dict(load_model(tmp_path / f"{name}.safetensors").named_parameters()) for name in "ac")
+    for name, parameter in first.items():
+        torch.testing.assert_close(mean[name], parameter + 1.0, msg=name)
+    save_weights(build_model(ModelConfig(base_channels=8, max_disparity=16)), tmp_path / "wide.safetensors")
+    for wrong in (str(tmp_path / "wide.safetensors"), "small"):
+        assert main(["export-weights", str(run), "-o", str(tmp_path / "d.safetensors"), "--average-with", wrong]) == 2
+        assert f"{wrong}: cannot be averaged with these weights" in capsys.readouterr().err
+    assert not (tmp_path / "d.safetensors").exists()
 
 
 def test_the_file_describes_itself(run: Path, pairs: Path, tmp_path: Path) -> None:

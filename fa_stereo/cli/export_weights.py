@@ -38,6 +38,11 @@ def main(argv: list[str]) -> int:
         "--regression", choices=REGRESSIONS, help="how the weights are to predict (default: as the run validated)"
     )
     parser.add_argument(
+        "--average-with", metavar="WEIGHTS",
+        help="write the mean of these and other weights of the same network (a bundled name or a file), those that the "
+        "run started from for example",
+    )  # fmt: skip
+    parser.add_argument(
         "--reestimate-batch-norm",
         type=int,
         default=0,
@@ -74,6 +79,7 @@ def main(argv: list[str]) -> int:
         arguments.output,
         dtype=torch.float16 if arguments.precision == "fp16" else torch.float32,
         regression=arguments.regression,
+        average_with=arguments.average_with,
         batch_norm_pairs=arguments.reestimate_batch_norm,
         batch_size=arguments.batch_size,
         data_root=arguments.data_root,
