@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fa_stereo.config import DataConfig, flatten_used, from_plain
+from fa_stereo.config import DataConfig, flatten_used, from_plain, to_plain
 from fa_stereo.data import open_dataset
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
@@ -175,19 +175,22 @@ def average_weights(model: PSMNet, other: PSMNet, name: str) -> None:
 
     Args:
         model: The network.
-        other: One of the same shape.
+        other: One of the same configuration, but for the disparities searched and the regression.
         name: Of the other, for the error message.
 
     Raises:
-        InputError: A weight has another shape, or is missing.
+        InputError: It is another network.
     """
-    own, others = model.state_dict(), other.state_dict()
-    for key in own.keys() | others.keys():
-        if key not in own or key not in others or own[key].shape != others[key].shape:
-            raise InputError(f"{name}: cannot be averaged with these weights: {key} is not alike in both; leave it out")
-    for key, tensor in own.items():
+    own, others = (to_plain(network.config) for network in (model, other))
+    different = [key for key in own if key not in ("max_disparity", "regression") and own[key] != others[key]]
+    if different:
+        raise InputError(
+            f"{name}: cannot be averaged with these weights: its model.{different[0]} is another; leave it out"
+        )
+    averaged = other.state_dict()
+    for key, tensor in model.state_dict().items():
         if tensor.is_floating_point():  # not batch norm's counters
-            tensor.add_(others[key]).div_(2)
+            tensor.add_(averaged[key]).div_(2)
 
 
 def training_batches(

@@ -68,6 +68,34 @@ def _probabilities(
     return probabilities, probabilities * values[:, None, None]
 
 
+def regress_disparity(logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool) -> Tensor:
+    """Upsample scores to full resolution, take the softmax over disparity and its expectation.
+
+    ``disparity[y, x] = sum_d d softmax_d(upsampled[d, y, x])``; higher scores mean better matches. The same function
+    as ``regress_disparity_reference``, without the volume, but for its second derivative: there is none.
+
+    Args:
+        logits: Scores [B, D/4, H/4, W/4].
+        max_disparity: D, in pixels.
+        height: H, in pixels.
+        width: W, in pixels.
+        align_corners: Convention of the trilinear upsampling; it belongs to the weights.
+
+    Returns:
+        Disparity in pixels, float32 (float64 for float64 logits) [B, H, W].
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _at_least_float32(logits)
+        kernel = _triton_regression(logits.device) if logits.is_cuda and logits.dtype == torch.float32 else None
+        if kernel is not None:
+            sizes = zip(logits.shape[1:], (max_disparity, height, width), strict=True)
+            matrices = [interpolation_matrix(*size, logits, align_corners=align_corners) for size in sizes]
+            disparity: Tensor = kernel(logits, *matrices)
+        else:
+            disparity = _Regression.apply(logits, max_disparity, height, width, align_corners)
+    return disparity
+
+
 def regress_modal_disparity(
     logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool
 ) -> tuple[Tensor, Tensor]:
@@ -81,12 +109,7 @@ def regress_modal_disparity(
     For prediction: without the volume only where no gradient is asked for; otherwise it is
     ``regress_modal_disparity_reference``.
 
-    Args:
-        logits: Scores [B, D/4, H/4, W/4].
-        max_disparity: D, in pixels.
-        height: H, in pixels.
-        width: W, in pixels.
-        align_corners: Convention of the trilinear upsampling; it belongs to the weights.
+    Arguments are those of ``regress_disparity``.
 
     Returns:
         Disparity in pixels, and confidence, the largest probability of a window, from 0 to 1; both float32 (float64 for
@@ -128,34 +151,6 @@ def _modal(mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
         weights.mul_(weights)  # to the power of 8
     disparity = offset.add_(middles).mul_(weights).sum(1) / weights.sum(1)
     return disparity, (greatest / mass.sum(1)).clamp_(max=1)  # rounded, it can be more
-
-
-def regress_disparity(logits: Tensor, max_disparity: int, height: int, width: int, *, align_corners: bool) -> Tensor:
-    """Upsample scores to full resolution, take the softmax over disparity and its expectation.
-
-    ``disparity[y, x] = sum_d d softmax_d(upsampled[d, y, x])``; higher scores mean better matches. The same function
-    as ``regress_disparity_reference``, without the volume, but for its second derivative: there is none.
-
-    Args:
-        logits: Scores [B, D/4, H/4, W/4].
-        max_disparity: D, in pixels.
-        height: H, in pixels.
-        width: W, in pixels.
-        align_corners: Convention of the trilinear upsampling; it belongs to the weights.
-
-    Returns:
-        Disparity in pixels, float32 (float64 for float64 logits) [B, H, W].
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = _at_least_float32(logits)
-        kernel = _triton_regression(logits.device) if logits.is_cuda and logits.dtype == torch.float32 else None
-        if kernel is not None:
-            sizes = zip(logits.shape[1:], (max_disparity, height, width), strict=True)
-            matrices = [interpolation_matrix(*size, logits, align_corners=align_corners) for size in sizes]
-            disparity: Tensor = kernel(logits, *matrices)
-        else:
-            disparity = _Regression.apply(logits, max_disparity, height, width, align_corners)
-    return disparity
 
 
 @cache
