@@ -16,6 +16,9 @@ What is left per disparity is one addition of two maps.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -118,8 +121,32 @@ def convolve_cost_volume(
     last = F.conv2d(padded[..., -(columns + 2) :], kernels.to(weight.dtype), padding=(1, 2))
     last = last[..., -columns:]  # [B, 3 O, H, columns]
 
-    out: Tensor = _Assemble.apply(full, edge, sheared, last, bias, disparities)
-    return out
+    assemble: Callable[..., Tensor] = _Assemble.apply
+    if full.is_cuda and full.dtype != torch.float64 and (bias is None or not torch.is_grad_enabled()):
+        assemble = _triton_assemble(full.device) or assemble
+    return assemble(full, edge, sheared, last, bias, disparities)
+
+
+@cache
+def _triton_assemble(device: torch.device) -> Callable[..., Tensor] | None:
+    """Return the fused kernel if Triton is there and compiles it for this GPU, else None."""
+    try:
+        from fa_stereo.models.cost_volume_triton import TritonAssemble
+
+        with torch.inference_mode(False), torch.enable_grad():  # the backward kernels must work, too
+            parts = [torch.ones(1, n, 1, columns, device=device) for n, columns in ((3, 1), (12, 1), (3, 3), (3, 2))]
+            parts = [part.requires_grad_() for part in parts]
+            volume = TritonAssemble.apply(*parts, None, 2)  # of one pixel: an edge and the last column at d = 0 and 1
+            uses = [int(gradient.sum()) for gradient in torch.autograd.grad(volume.sum(), parts)]
+            if not (volume == 2).all() or uses != [0, 2, 0, 2]:
+                raise RuntimeError(f"the sum of 1 and 1 came out as {volume.flatten()[0]:g}")
+    except ImportError:
+        return None
+    except Exception as error:  # whatever a compiler and a driver that do not fit each other come up with
+        warnings.warn(f"Triton does not work here, the cost volume is slower without it: {error}", stacklevel=3)
+        return None
+    apply: Callable[..., Tensor] = TritonAssemble.apply
+    return apply
 
 
 def _left_kernel(taps: Tensor, end: tuple[int, ...], delta: int) -> Tensor:

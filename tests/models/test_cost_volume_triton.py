@@ -1,0 +1,101 @@
+"""The fused kernels against the formula: on a GPU as they are, elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fa_stereo.models import cost_volume
+from fa_stereo.models.cost_volume import _triton_assemble, convolve_cost_volume, convolve_cost_volume_reference
+
+CHECK = """
+import torch
+from fa_stereo.models import cost_volume
+from fa_stereo.models.cost_volume import _Assemble, convolve_cost_volume, convolve_cost_volume_reference
+from fa_stereo.models.cost_volume_triton import TritonAssemble
+
+torch.manual_seed(0)
+for size in [(2, 4, 5, 3, 9), (1, 3, 8, 2, 5), (1, 8, 2, 2, 40), (2, 2, 12, 1, 3), (1, 2, 4, 2, 1), (1, 4, 36, 1, 35)]:
+    batch, channels, disparities, height, width = size
+    left, right = (torch.randn(batch, channels, height, width).requires_grad_() for _ in range(2))
+    weight = torch.randn(channels, 2 * channels, 3, 3, 3).requires_grad_()
+    bias = torch.randn(channels) if channels % 2 else None
+    cost_volume._Assemble = TritonAssemble
+    result = convolve_cost_volume(left, right, weight, disparities, bias)
+    cost_volume._Assemble = _Assemble
+    exact = [x.detach().double().requires_grad_() for x in (left, right, weight)]
+    expected = convolve_cost_volume_reference(*exact, disparities, None if bias is None else bias.double())
+    torch.testing.assert_close(result.double(), expected, atol=1e-4, rtol=0)
+    for upstream in (torch.randn_like(result), torch.randn(result.shape)):  # channels_last_3d, contiguous
+        gradients = torch.autograd.grad(result, (left, right, weight), upstream, retain_graph=True)
+        expected_gradients = torch.autograd.grad(expected, exact, upstream.double(), retain_graph=True)
+        for gradient, expected_gradient in zip(gradients, expected_gradients):
+            torch.testing.assert_close(gradient.double(), expected_gradient, atol=1e-3, rtol=1e-4)
+print("equal")
+"""
+
+
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=environment, check=False)
+    assert run.stdout.strip() == "equal", run.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 0.3), (torch.float16, 3e-2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_kernels_on_the_gpu(dtype: torch.dtype, tolerance: float, bias: bool) -> None:
+    pytest.importorskip("triton")
+    device = torch.device("cuda", 0)
+    assert _triton_assemble(device) is not None
+    size = (2, 32, 34, 60)
+    left, right = (torch.randn(size, device=device, dtype=dtype).requires_grad_() for _ in range(2))
+    weight = (0.05 * torch.randn(32, 64, 3, 3, 3, device=device, dtype=dtype)).requires_grad_()
+    offset = torch.randn(32, device=device, dtype=dtype) if bias else None
+
+    def exact(x: Tensor) -> Tensor:
+        return x.detach().double().requires_grad_()
+
+    inputs = (left, right, weight)
+    references = [exact(x) for x in inputs]
+    expected = convolve_cost_volume_reference(*references, 48, None if offset is None else offset.double())
+    with torch.no_grad():
+        result = convolve_cost_volume(*inputs, 48, offset)
+    torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance)
+    if bias:
+        return
+    result = convolve_cost_volume(*inputs, 48)
+    upstream = torch.randn_like(result)
+    gradients = torch.autograd.grad(result, inputs, upstream, retain_graph=True)
+    again = torch.autograd.grad(result, inputs, upstream)
+    for gradient, repeated, reference in zip(
+        gradients, again, torch.autograd.grad(expected, references, upstream.double()), strict=True
+    ):
+        scale = reference.abs().max()
+        torch.testing.assert_close(gradient.double() / scale, reference / scale, atol=tolerance / 3, rtol=0)
+        torch.testing.assert_close(repeated, gradient, atol=float(tolerance / 3 * scale), rtol=0)
+
+
+def test_the_cpu_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise AssertionError(f"asked for a kernel on {device}")
+
+    monkeypatch.setattr(cost_volume, "_triton_assemble", refuse)
+    left, right, weight = torch.randn(1, 4, 4, 9), torch.randn(1, 4, 4, 9), torch.randn(4, 8, 3, 3, 3)
+    expected = convolve_cost_volume_reference(left, right, weight, 5)
+    torch.testing.assert_close(convolve_cost_volume(left, right, weight, 5), expected, atol=1e-4, rtol=0)
+
+
+def test_a_triton_that_does_not_work_is_reported_once_and_done_without(recwarn: pytest.WarningsRecorder) -> None:
+    pytest.importorskip("triton")
+    _triton_assemble.cache_clear()
+    for _ in range(2):
+        assert _triton_assemble(torch.device("cpu")) is None  # kernels do not run there
+    _triton_assemble.cache_clear()
+    assert [str(w.message)[:20] for w in recwarn if "Triton" in str(w.message)] == ["Triton does not work"]

@@ -1,0 +1,64 @@
+import copy
+
+import pytest
+import torch
+
+from fa_stereo.config import AttentionConfig, ModelConfig
+from fa_stereo.models.psmnet import PSMNet, StereoOutput, build_model
+from fa_stereo.models.widening import widen
+from tests.random_networks import randomize
+
+
+@pytest.fixture(params=["stacked_hourglass", "basic"])
+def narrow(request: pytest.FixtureRequest) -> PSMNet:
+    """A network of 4 channels whose attention and batch norms have learnt something."""
+    attention = AttentionConfig(key_channels=6)
+    config = ModelConfig(base_channels=4, max_disparity=32, aggregation=request.param, attention=attention)
+    return randomize(build_model(config)).double()
+
+
+def views() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 64, 96, dtype=torch.float64), torch.randn(2, 3, 64, 96, dtype=torch.float64)
+
+
+def test_the_wide_network_is_the_same_function(narrow: PSMNet) -> None:
+    wide = widen(narrow.float()).double()
+    narrow.double()
+    assert wide.config.base_channels == 8
+    left, right = views()
+    for training in (False, True):
+        with torch.no_grad():
+            expected, result = narrow.train(training)(left, right), wide.train(training)(left, right)
+        if not training:
+            assert isinstance(expected, torch.Tensor)
+            assert expected.std() > 0.1
+            torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+            continue
+        assert isinstance(expected, StereoOutput)
+        for a, b in zip(result.disparities, expected.disparities, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_its_halves_learn_different_things(narrow: PSMNet) -> None:
+    left, right = views()
+    weights = {}
+    for noise in (0.0, 0.5):
+        wide = widen(copy.deepcopy(narrow).float(), noise=noise).double().train()
+        optimizer = torch.optim.SGD(wide.parameters(), 1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            wide(left, right).disparities[-1].square().mean().backward()
+            optimizer.step()
+        first = wide.features.res2[0].conv1.conv.weight.detach()  # [16, 8, 3, 3]
+        weights[noise] = (first[0::2].sum(1) - first[1::2].sum(1)).abs().max()  # of what both twins make of one input
+    assert weights[0.0] < 1e-12
+    assert weights[0.5] > 1e-9
+
+
+def test_it_leaves_the_given_network_alone(narrow: PSMNet) -> None:
+    before = copy.deepcopy(narrow.state_dict())
+    first, second, other = widen(narrow, seed=1), widen(narrow, seed=1), widen(narrow, seed=2)
+    for key, value in narrow.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
