@@ -321,9 +321,19 @@ def measure(
         InputError: A process failed: its last words say why.
     """
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fa_stereo_benchmark_")))
         processes = [
-            stack.enter_context(_measuring(task, environment or {} if task.path == "plain" else {})) for task in tasks
+            stack.enter_context(
+                _measuring(
+                    _with_example(task, folder),
+                    folder / str(number),
+                    environment or {} if task.path == "plain" else {},
+                )
+            )
+            for number, task in enumerate(tasks)
         ]
+        for process in processes:  # which all start at once
+            process.wait_until_ready()
         seconds: list[list[float]] = [[] for _ in tasks]
         for _ in range(repeats + 1):
             for process, times in zip(processes, seconds, strict=True):
@@ -332,17 +342,24 @@ def measure(
         return [process.finish(times[1:]) for process, times in zip(processes, seconds, strict=True)]
 
 
+def _with_example(task: Task, folder: Path) -> Task:
+    """Return the task with the file of its example pair, rendered unless one of that size is in the folder."""
+    if task.part not in ("network", "features", "training_step"):
+        return task
+    file = folder / f"example_{task.height}x{task.width}.npy"
+    if not file.exists():
+        np.save(file, torch.stack(example_pair(task.height, task.width, 1)).numpy())
+    return dataclasses.replace(task, example=str(file))
+
+
 class _Process:
     """A measuring process and the pipes to it."""
 
     def __init__(self, task: Task, folder: Path, environment: dict[str, str]) -> None:
         self.task = task
+        folder.mkdir()
         self.result_path = folder / "result.npy"
         self.log = folder / "stderr.txt"
-        if task.part in ("network", "features", "training_step"):
-            example = folder / "example.npy"
-            np.save(example, torch.stack(example_pair(task.height, task.width, 1)).numpy())
-            task = dataclasses.replace(task, example=str(example))
         command = [sys.executable, "-m", "fa_stereo.profiling", json.dumps(dataclasses.asdict(task)), self.result_path]
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(
@@ -353,6 +370,9 @@ class _Process:
                 text=True,
                 env=os.environ | environment,
             )
+
+    def wait_until_ready(self) -> None:
+        """Wait until the network is built and the inputs are there."""
         self._read()
 
     def _read(self) -> str:
@@ -386,14 +406,13 @@ class _Process:
 
 
 @contextmanager
-def _measuring(task: Task, environment: dict[str, str]) -> Iterator[_Process]:
-    with tempfile.TemporaryDirectory(prefix="fa_stereo_benchmark_") as folder:
-        process = _Process(task, Path(folder), environment)
-        try:
-            yield process
-        finally:
-            process.popen.kill()
-            process.popen.wait()
+def _measuring(task: Task, folder: Path, environment: dict[str, str]) -> Iterator[_Process]:
+    process = _Process(task, folder, environment)
+    try:
+        yield process
+    finally:
+        process.popen.kill()
+        process.popen.wait()
 
 
 def compare(measurements: list[Measurement], *, relative: bool, base: int = 0) -> list[dict[str, Any]]:

@@ -25,13 +25,13 @@ plainly (cost volume and upsampled scores stored, as the formulas read) and fast
 glibc told to keep freed memory (--tuned-allocator: in the plain path too). Every variant runs in a process of its own;
 the processes take turns; medians are reported.
 
-  time       median of the repetitions; speedups refer to the plain path in fp32, or as --speedup-over says
+  time       median of the repetitions; speedups refer to the plain path's first precision, or as --speedup-over says
   pairs/s    of inference and training
   peak       largest memory: resident, of the whole process; on a GPU what PyTorch allocated
   extra      that, less what process, weights and inputs take
-  deviation  of the output from the plain one in fp32: px for network, pairs and regression, else relative to its
-             largest value; of the network it says something only with trained weights (--weights, --checkpoint);
-             --plain-precisions fp64,fp32 gives that from float64 instead, the plain path's own too
+  deviation  of the output from the plain one in the first precision: px for network, pairs and regression, else
+             relative to its largest value; of the network it says something only with trained weights (--weights,
+             --checkpoint); --plain-precisions fp64,fp32 gives that from float64, the plain path's own too
 
 Low precision is autocast in the plain path, and in the fast path weights of that type (in training autocast too);
 mixed is bf16 after features in fp32. A training step in fp16 is measured on a GPU alone.
@@ -61,10 +61,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precisions", default="fp32", metavar="LIST",
                         help="of the fast path: any of fp32,bf16,fp16,mixed")  # fmt: skip
     parser.add_argument("--plain-precisions", default="fp32", metavar="LIST",
-                        help="of the plain path: any of fp64,fp32,bf16,fp16, beginning with fp32 or fp64,fp32; the "
-                             "first is the reference of the deviations")  # fmt: skip
-    parser.add_argument("--speedup-over", default="fp32", metavar="NAME",
-                        help="the precision of the plain path that speedups refer to (default fp32)")  # fmt: skip
+                        help="of the plain path: any of fp32,bf16,fp16, or fp64 before another; the first is the "
+                             "reference of the deviations (default fp32; a training step in fp32 takes a GPU minutes, "
+                             "most of them to choose among kernels)")  # fmt: skip
+    parser.add_argument(
+        "--speedup-over", metavar="NAME",
+        help="the precision of the plain path that speedups refer to (default: its first but fp64)",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="also measure the fast path through torch.compile")
     parser.add_argument("--cuda-graph", action="store_true", help="also measure the network as a CUDA graph")
     parser.add_argument(
@@ -97,6 +100,7 @@ def main(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
+    from fa_stereo.data.formats import write_bytes
     from fa_stereo.machine import describe_machine
     from fa_stereo.profiling import TUNED_ALLOCATOR, compare, measure
 
@@ -107,22 +111,23 @@ def main(argv: list[str]) -> int:
         "rows": [],
     }
     environment = TUNED_ALLOCATOR if arguments.tuned_allocator else {}
+    wanted = arguments.speedup_over or _reference_precision(arguments)
     runs = sum(len(tasks) for tasks in groups) * (arguments.repeats + 1)
     with tqdm(total=runs, desc="benchmark", unit="run", disable=None) as progress:
         for tasks in groups:
             measurements = measure(tasks, arguments.repeats, environment, progress.update)
-            base = next((i for i, task in enumerate(tasks) if task.precision == arguments.speedup_over), 0)
+            candidates = [i for i, task in enumerate(tasks) if task.path == "plain" and task.precision != "fp64"]
+            base = next((i for i in candidates if tasks[i].precision == wanted), candidates[0])
             rows = compare(measurements, relative=tasks[0].part not in IN_PIXELS, base=base)
             for task, row in zip(tasks, rows, strict=True):
                 if task.part in WITH_RATE:
                     row["pairs_per_second"] = task.samples / row["seconds"]
                 report["rows"].append(dataclasses.asdict(task) | row)
+            if output:  # after every group, so that what was measured is there whatever becomes of the next
+                write_bytes(output / "benchmark.json", json.dumps(report, indent=2).encode())
+                plot_report(report, output / "benchmark.png")
     print(format_report(report))
     if output:
-        from fa_stereo.data.formats import write_bytes
-
-        write_bytes(output / "benchmark.json", json.dumps(report, indent=2).encode())
-        plot_report(report, output / "benchmark.png")
         print(f"\n{output / 'benchmark.json'}\n{output / 'benchmark.png'}")
     return 0
 
@@ -196,12 +201,18 @@ def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: s
         if wanted and not {*where} & {*parts}:
             raise InputError(f"{option} changes none of --parts {arguments.parts}: add one of {', '.join(where)}")
     plain = _names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
-    if plain[0] != "fp32" and plain[:2] != ("fp64", "fp32"):
-        raise InputError(f"--plain-precisions begins with fp32 or fp64,fp32, got {arguments.plain_precisions}")
-    if "fp64" in plain[1:]:
-        raise InputError(f"--plain-precisions names fp64, the reference, first, got {arguments.plain_precisions}")
-    if arguments.speedup_over not in plain or arguments.speedup_over == "fp64":
+    if plain == ("fp64",) or "fp64" in plain[1:]:
+        raise InputError(
+            f"--plain-precisions names fp64, the reference, before others, got {arguments.plain_precisions}"
+        )
+    if arguments.speedup_over is not None and arguments.speedup_over not in {*plain} - {"fp64"}:
         raise InputError(f"--speedup-over must be one of --plain-precisions but fp64, got {arguments.speedup_over}")
+
+
+def _reference_precision(arguments: argparse.Namespace) -> str:
+    """Return the precision of the plain path that speedups refer to where nothing else is asked for."""
+    plain = _names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
+    return next(name for name in plain if name != "fp64")
 
 
 def _network(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -236,7 +247,7 @@ def _variants(arguments: argparse.Namespace, part: str) -> list[tuple[str, str]]
         )
     if part == "regression":  # computed in float32 whatever the precision of the rest
         precisions = ("fp32",)
-        plain_precisions = tuple(name for name in plain_precisions if name in ("fp64", "fp32"))
+        plain_precisions = ("fp64", "fp32") if "fp64" in plain_precisions else ("fp32",)
     paths = {"plain": plain_precisions, "fast": precisions}
     if arguments.compile and part in COMPILED_PARTS:
         paths["compiled"] = precisions

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check-data": ("fa_stereo.cli.check_data", "count and verify the files of a data set"),
     "export-weights": ("fa_stereo.cli.export_weights", "make a training checkpoint a small weights file for use"),
     "import-weights": ("fa_stereo.cli.import_weights", "convert an official PSMNet checkpoint"),
+    "widen-weights": ("fa_stereo.cli.widen_weights", "the same function at twice the width, to train on from"),
     "export-onnx": ("fa_stereo.cli.export_onnx", "the network of one picture size for other runtimes, checked"),
     "benchmark": ("fa_stereo.cli.benchmark", "time, memory and deviation of the fast path against the plain one"),
     "demo": ("fa_stereo.cli.demo", "predict the bundled pair and compare with OpenCV's SGBM"),

@@ -1,9 +1,13 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
+from fa_stereo.cli.main import main
 from fa_stereo.config import AttentionConfig, ModelConfig
+from fa_stereo.export import find_record, samples_seen
+from fa_stereo.models.checkpoint import load_model, save_weights
 from fa_stereo.models.psmnet import PSMNet, StereoOutput, build_model
 from fa_stereo.models.widening import widen
 from tests.random_networks import randomize
@@ -62,3 +66,36 @@ def test_it_leaves_the_given_network_alone(narrow: PSMNet) -> None:
         assert torch.equal(value, before[key])
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_the_command(narrow: PSMNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "narrow.safetensors", tmp_path / "wide.safetensors"
+    save_weights(narrow.float(), file, {"steps": 5, "samples_seen": 20})
+    assert main(["widen-weights", str(file), "-o", str(out), "--seed", "3"]) == 0
+    assert "base_channels 8 instead of 4" in capsys.readouterr().out
+    expected = widen(narrow, seed=3).state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in load_model(out).state_dict().items())
+    assert samples_seen(find_record(out)) == 20  # training that goes on from here counts those before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["none.safetensors", "-o", "wide.safetensors"], "none.safetensors"),
+        (["small", "-o", "wide.pt"], r"wide.pt: name the output *.safetensors"),
+        (["small", "-o", "wide.safetensors", "--noise", "-1"], "--noise must be zero or more, got -1"),
+    ],
+)
+def test_unusable_options(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["widen-weights", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
