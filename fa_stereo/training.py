@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -667,13 +668,14 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: PSMNet, step: int) -> None:
         """Move the average towards the weights after a step (counted from 0)."""
-        share = 1 - min(self.decay, (1 + step) / (10 + step))
-        current = model.state_dict()
-        for name, averaged in self.model.state_dict().items():
-            if averaged.is_floating_point():
-                averaged.lerp_(current[name], share)
-            else:  # batch norm's counters
-                averaged.copy_(current[name])
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averaged, current = self.model.state_dict(), model.state_dict()
+        floating = [name for name, tensor in averaged.items() if tensor.is_floating_point()]
+        # All at once, which a GPU does in a few kernels instead of one for each tensor.
+        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        update([averaged[name] for name in floating], [current[name] for name in floating], step)
+        for name in averaged.keys() - floating:  # batch norm's counters
+            averaged[name].copy_(current[name])
 
 
 class StopRequest(AbstractContextManager["StopRequest"]):

@@ -36,7 +36,10 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["cpu", *GPU])
 def device(request: pytest.FixtureRequest) -> str:
     """Each kind of device that is there."""
     return str(request.param)

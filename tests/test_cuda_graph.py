@@ -13,6 +13,7 @@ from fa_stereo.cuda_graph import GraphedNetwork, Network, record_cuda_graph
 from fa_stereo.errors import InputError
 from fa_stereo.models.optimized import optimize_for_inference
 from fa_stereo.models.psmnet import build_model
+from tests.gpu import needs_gpu
 
 
 class Recorder:
@@ -85,7 +86,7 @@ def test_the_network_neither_waits_for_a_value_nor_copies_one_to_the_gpu(monkeyp
     assert scores.shape == (1, 8, 16, 24)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("confidence", [False, True])
 @pytest.mark.parametrize("regression", ["expectation", "modal"])
 def test_a_recorded_network_computes_the_same(regression: str, confidence: bool) -> None:
@@ -102,7 +103,7 @@ def test_a_recorded_network_computes_the_same(regression: str, confidence: bool)
             torch.testing.assert_close(result, network(*pair), atol=0.01, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 def test_what_cannot_be_recorded_is_an_input_error() -> None:
     def waits(left: Tensor, right: Tensor) -> Tensor:
         return left * float(right.max())

@@ -24,6 +24,7 @@ from fa_stereo.models.optimized import cpu_computes_bfloat16, cpu_computes_float
 from fa_stereo.models.psmnet import PSMNet, build_model
 from fa_stereo.tiling import estimate_memory
 from fa_stereo.weights import find_checkpoint
+from tests.gpu import needs_gpu
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +278,7 @@ def test_out_of_memory_is_an_input_error_and_other_failures_are_not(monkeypatch:
         predictor(*random_pair())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.01), ("fp16", 0.5), ("auto", 0.5)])
 def test_cuda_agrees_with_the_cpu(model: PSMNet, precision: str, tolerance: float) -> None:
     left, right = random_pair(64, 96)

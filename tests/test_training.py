@@ -27,6 +27,7 @@ from fa_stereo.machine import compute_float32_in_full
 from fa_stereo.models.checkpoint import load_model, read_record, save_weights
 from fa_stereo.models.psmnet import build_model
 from fa_stereo.training import Trainer, TrainingError, WeightAverage, build_optimizer
+from tests.gpu import needs_gpu
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +395,7 @@ def test_cuda_that_is_not_there(pairs: Path, tmp_path: Path, monkeypatch: pytest
         Trainer(tiny_config(pairs, tmp_path, trainer__device="cuda"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.1), ("fp16", 0.1)])
 def test_steps_on_a_gpu(pairs: Path, tmp_path: Path, precision: str, tolerance: float) -> None:
     """Pinned batches, loss scaling, kernels: the first loss is the CPU's, and a run of steps ends."""

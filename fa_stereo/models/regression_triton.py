@@ -1,9 +1,10 @@
 """Disparity regression as one GPU kernel each way: nothing of full resolution is stored but disparity and one more map.
 
-The forward kernel walks along disparity at every pixel, interpolating the eight neighbouring scores, with a running
-maximum (online softmax). The backward kernel computes the probabilities again from the stored log-sum-exp; each of its
-programs gathers what belongs to one coarse row and a block of columns, so that no two write to the same place and the
-result does not depend on their order. Importing this file needs Triton; ``regression`` uses it where it works.
+The forward kernel walks along disparity at every pixel with a running maximum (online softmax); the disparities between
+two coarse ones share the eight neighbouring scores that they are interpolated from. The backward kernel computes the
+probabilities again from the stored log-sum-exp; each of its programs gathers what belongs to one coarse row and a block
+of columns, so that no two write to the same place and the result does not depend on their order. Importing this file
+needs Triton; ``regression`` uses it where it works.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ class TritonRegression(torch.autograd.Function):
         """Return disparity [B, H, W]; matrices are [D, D/4], [H, H/4] and [W, W/4], linear interpolation each."""
         logits = logits.contiguous()
         batch, depths, rows, columns = logits.shape
-        disparities, height, width = (matrix.shape[0] for matrix in (depth_matrix, row_matrix, column_matrix))
-        taps = [_taps(matrix) for matrix in (depth_matrix, row_matrix, column_matrix)]
+        height, width = row_matrix.shape[0], column_matrix.shape[0]
+        taps = [_groups(depth_matrix), _taps(row_matrix), _taps(column_matrix)]
         disparity = logits.new_empty(batch, height, width)
         log_sum = torch.empty_like(disparity)
         grid = (triton.cdiv(width, _BLOCK_COLUMNS), height, batch)
         with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
             _regress[grid](
                 logits, disparity, log_sum, *taps[0], *taps[1], *taps[2],
-                depths, rows, columns, disparities, height, width, BLOCK=_BLOCK_COLUMNS,
+                depths, rows, columns, height, width, BLOCK=_BLOCK_COLUMNS,
             )  # fmt: skip
         ctx.save_for_backward(logits, disparity, log_sum, depth_matrix, row_matrix, column_matrix)
         return disparity
@@ -47,13 +48,13 @@ class TritonRegression(torch.autograd.Function):
         logits, disparity, log_sum, depth_matrix, row_matrix, column_matrix = ctx.saved_tensors
         batch, depths, rows, columns = logits.shape
         height, width = disparity.shape[1:]
-        taps = [_taps(matrix) for matrix in (depth_matrix, row_matrix, column_matrix)]
+        taps = [_groups(depth_matrix), _taps(row_matrix), _taps(column_matrix)]
         grad_columns = logits.new_empty(batch, depths, rows, width)
         grid = (triton.cdiv(width, _BLOCK_COLUMNS), rows, batch)
         with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
             _regress_backward[grid](
                 logits, disparity, log_sum, grad.contiguous(), grad_columns, *taps[0], *taps[1], *taps[2],
-                *_readers(depth_matrix), *_readers(row_matrix),
+                *_readers(row_matrix),
                 depths, rows, columns, height, width, BLOCK=_BLOCK_COLUMNS,
             )  # fmt: skip
         with torch.autocast(logits.device.type, enabled=False):
@@ -68,6 +69,16 @@ def _taps(matrix: Tensor) -> tuple[Tensor, Tensor]:
     first = (matrix != 0).int().argmax(1)
     weight = 1 - matrix.gather(1, first[:, None]).squeeze(1)
     return first.int(), weight.contiguous()
+
+
+def _groups(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where those of the fine indices begin whose first tap is each coarse index, and the second taps' weights.
+
+    The first has one entry more than there are coarse indices: where the last one's end.
+    """
+    first, weight = _taps(matrix)
+    coarse = torch.arange(matrix.shape[1] + 1, dtype=torch.int32, device=matrix.device)
+    return torch.searchsorted(first, coarse).int(), weight
 
 
 def _readers(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +101,8 @@ def _column(plane, index, x0, x1, wx, mask, rows_y0, rows_y1, wy, plane_stride):
 @triton.jit  # type: ignore[untyped-decorator]
 def _regress(  # type: ignore[no-untyped-def]
     logits, disparity, log_sum,
-    depth_first, depth_weight, row_first, row_weight, column_first, column_weight,
-    depths, rows, columns, disparities, height, width, BLOCK: tl.constexpr,
+    depth_begin, depth_weight, row_first, row_weight, column_first, column_weight,
+    depths, rows, columns, height, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write disparity and log-sum-exp of a block of columns of one row of one sample."""
     x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -110,19 +121,19 @@ def _regress(  # type: ignore[no-untyped-def]
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)
-    for d in range(disparities):
-        z0 = tl.load(depth_first + d)
-        wz = tl.load(depth_weight + d)
-        z1 = tl.minimum(z0 + 1, depths - 1)
-        near = _column(plane, z0, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
-        far = _column(plane, z1, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
-        score = near + wz * (far - near)
-        new_largest = tl.maximum(largest, score)
-        shrink = tl.exp(largest - new_largest)
-        weight = tl.exp(score - new_largest)
-        total = total * shrink + weight
-        moment = moment * shrink + weight * d
-        largest = new_largest
+    near = _column(plane, 0, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+    for index in range(depths):
+        following = tl.minimum(index + 1, depths - 1)
+        far = _column(plane, following, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+        for d in range(tl.load(depth_begin + index), tl.load(depth_begin + index + 1)):
+            score = near + tl.load(depth_weight + d) * (far - near)
+            new_largest = tl.maximum(largest, score)
+            shrink = tl.exp(largest - new_largest)
+            weight = tl.exp(score - new_largest)
+            total = total * shrink + weight
+            moment = moment * shrink + weight * d
+            largest = new_largest
+        near = far
     out = (sample * height + y) * width + x
     tl.store(disparity + out, moment / total, mask=mask)
     tl.store(log_sum + out, largest + tl.log(total), mask=mask)
@@ -131,8 +142,7 @@ def _regress(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _regress_backward(  # type: ignore[no-untyped-def]
     logits, disparity, log_sum, grad, grad_columns,
-    depth_first, depth_weight, row_first, row_weight, column_first, column_weight,
-    depth_begin, depth_end, row_begin, row_end,
+    depth_begin, depth_weight, row_first, row_weight, column_first, column_weight, row_begin, row_end,
     depths, rows, columns, height, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of scores interpolated along columns only, [B, D/4, H/4, W], for one coarse row."""
@@ -148,10 +158,13 @@ def _regress_backward(  # type: ignore[no-untyped-def]
     y_begin = tl.load(row_begin + row)
     y_end = tl.load(row_end + row)
 
+    carried = tl.zeros([BLOCK], tl.float32)  # what the disparities before this coarse one give to it
     for index in range(depths):
+        following = tl.minimum(index + 1, depths - 1)
         d_begin = tl.load(depth_begin + index)
-        d_end = tl.load(depth_end + index)
-        gathered = tl.zeros([BLOCK], tl.float32)
+        d_end = tl.load(depth_begin + index + 1)
+        gathered = carried
+        carried = tl.zeros([BLOCK], tl.float32)
         for y in range(y_begin, y_end):
             y0 = tl.load(row_first + y)
             wy = tl.load(row_weight + y)
@@ -161,14 +174,13 @@ def _regress_backward(  # type: ignore[no-untyped-def]
             expected = tl.load(disparity + pixel, mask=mask, other=0.0)
             normalizer = tl.load(log_sum + pixel, mask=mask, other=0.0)
             upstream = row_share * tl.load(grad + pixel, mask=mask, other=0.0)
+            near = _column(plane, index, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+            far = _column(plane, following, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
             for d in range(d_begin, d_end):
-                z0 = tl.load(depth_first + d)
                 wz = tl.load(depth_weight + d)
-                z1 = tl.minimum(z0 + 1, depths - 1)
-                near = _column(plane, z0, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
-                far = _column(plane, z1, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
                 probability = tl.exp(near + wz * (far - near) - normalizer)
-                depth_share = tl.where(z0 == index, 1.0 - wz, 0.0) + tl.where((z1 == index) & (z1 != z0), wz, 0.0)
-                gathered += depth_share * upstream * probability * (d - expected)
+                share = upstream * probability * (d - expected)
+                gathered += (1.0 - wz) * share
+                carried += wz * share
         out = ((sample * depths + index) * rows + row) * width + x
         tl.store(grad_columns + out, gathered, mask=mask)

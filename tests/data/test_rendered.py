@@ -32,6 +32,7 @@ from fa_stereo.data.scenes import (
 )
 from fa_stereo.data.textures import random_map
 from fa_stereo.errors import InputError
+from tests.gpu import needs_gpu
 
 SMALL = RenderConfig(height=96, width=224, seed=3)
 PERFECT = dataclasses.replace(SMALL, asymmetry_probability=0.0, gloss=0.0)
@@ -328,7 +329,7 @@ def test_odd_and_tiny_sizes_render() -> None:
         assert s.disparity.shape == (height, width)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 def test_the_gpu_renders_the_same_scene() -> None:
     ours, theirs = render_pair(PERFECT, 1), render_pair(PERFECT, 1, device="cuda")
     assert np.quantile(np.abs(ours.disparity - theirs.disparity), 0.995) < 1e-2

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fa_stereo.models import cost_volume
 from fa_stereo.models.cost_volume import _triton_assemble, convolve_cost_volume, convolve_cost_volume_reference
+from tests.gpu import needs_gpu
 
 CHECK = """
 import torch
@@ -47,7 +48,7 @@ def test_kernels_in_the_interpreter() -> None:
     assert run.stdout.strip() == "equal", run.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 0.3), (torch.float16, 3e-2)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_kernels_on_the_gpu(dtype: torch.dtype, tolerance: float, bias: bool) -> None:

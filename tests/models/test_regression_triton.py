@@ -11,6 +11,7 @@ import torch
 
 from fa_stereo.models import regression
 from fa_stereo.models.regression import _triton_regression, regress_disparity, regress_disparity_reference
+from tests.gpu import needs_gpu
 
 CHECK = """
 import torch
@@ -43,7 +44,7 @@ def test_kernels_in_the_interpreter() -> None:
     assert run.stdout.strip() == "equal", run.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_kernels_on_the_gpu(align_corners: bool) -> None:
     pytest.importorskip("triton")
