@@ -309,7 +309,7 @@ def measure(
     environment: dict[str, str] | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> list[Measurement]:
-    """Measure tasks in turn, each in a process of its own, all of which exist at once.
+    """Measure tasks in turn, each in a process of its own; they start at once and exist side by side.
 
     Args:
         tasks: Variants to compare.

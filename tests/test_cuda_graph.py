@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fa_stereo.config import AttentionConfig, ModelConfig
+from fa_stereo.config import ModelConfig
 from fa_stereo.cuda_graph import GraphedNetwork, Network, record_cuda_graph
 from fa_stereo.errors import InputError
 from fa_stereo.models.optimized import optimize_for_inference
 from fa_stereo.models.psmnet import build_model
 from tests.gpu import needs_gpu
+from tests.random_networks import calibrated
 
 
 class Recorder:
@@ -90,11 +91,9 @@ def test_the_network_neither_waits_for_a_value_nor_copies_one_to_the_gpu(monkeyp
 @pytest.mark.parametrize("confidence", [False, True])
 @pytest.mark.parametrize("regression", ["expectation", "modal"])
 def test_a_recorded_network_computes_the_same(regression: str, confidence: bool) -> None:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        base_channels=8, max_disparity=32, regression=regression, attention=AttentionConfig(key_channels=8)
-    )
-    network = partial(optimize_for_inference(build_model(config).eval().cuda()), confidence=confidence)
+    model = calibrated()
+    model.set_regression(regression)
+    network = partial(optimize_for_inference(model.cuda()), confidence=confidence)
     pairs = [torch.randn(2, 1, 3, 64, 96, device="cuda") for _ in range(3)]
     with torch.inference_mode():
         replay = record_cuda_graph(network, *pairs[0])

@@ -151,12 +151,15 @@ def plan(arguments: argparse.Namespace) -> list[list[Task]]:
     groups = []
     for part in parts:
         variants = _variants(arguments, part)
+        missing = None
         if all(path == "plain" for path, _ in variants):
-            if arguments.parts == "all":
-                continue
-            raise InputError(
-                f"{part} is not measured in --precisions {arguments.precisions} on {device}: name another precision"
-            )
+            missing = f"--precisions {arguments.precisions}"
+        elif not any(path == "plain" and precision != "fp64" for path, precision in variants):
+            missing = f"--plain-precisions {arguments.plain_precisions}"
+        if missing and arguments.parts == "all":
+            continue
+        if missing:
+            raise InputError(f"{part} is not measured in {missing} on {device}: name another precision")
         checkpointing = part == "training_step" and arguments.activation_checkpointing
         groups += [
             [

@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
         raise InputError(f"{arguments.output}: name the output *.safetensors")
     if not 0 <= arguments.noise < float("inf"):
         raise InputError(f"--noise must be zero or more, got {arguments.noise:g}")
+    if not 0 <= arguments.seed < 2**32:
+        raise InputError(f"--seed must be from 0 to {2**32 - 1}, got {arguments.seed}")
 
     import torch
 

@@ -11,7 +11,7 @@ disparity and b over columns in {-1, 0, 1}, meets a non-zero entry iff ``0 <= d 
 - Right half. ``right[x + b - (d + a)] = right[delta + j]`` with j = b - a in {-2..2}: a 3x5 convolution of the right
   features, again one for the middle and one for each end, read out sheared by d. The last column lacks b = +1.
 
-What is left per disparity is one addition of two maps.
+What is left per disparity is one addition of two maps. On a GPU one kernel does them all (``cost_volume_triton``).
 """
 
 from __future__ import annotations
@@ -122,24 +122,32 @@ def convolve_cost_volume(
     last = last[..., -columns:]  # [B, 3 O, H, columns]
 
     assemble: Callable[..., Tensor] = _Assemble.apply
-    if full.is_cuda and full.dtype != torch.float64 and (bias is None or not torch.is_grad_enabled()):
-        assemble = _triton_assemble(full.device) or assemble
+    if full.is_cuda and full.dtype != torch.float64 and not (bias is not None and _needs_gradient(bias)):
+        assemble = _triton_assemble(full.device, full.dtype) or assemble
     return assemble(full, edge, sheared, last, bias, disparities)
 
 
+def _needs_gradient(x: Tensor) -> bool:
+    """Tell whether what is computed from ``x`` now will be differentiated."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 @cache
-def _triton_assemble(device: torch.device) -> Callable[..., Tensor] | None:
-    """Return the fused kernel if Triton is there and compiles it for this GPU, else None."""
+def _triton_assemble(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """Return the fused kernel if Triton is there and compiles it for this GPU and type, else None."""
     try:
         from fa_stereo.models.cost_volume_triton import TritonAssemble
 
         with torch.inference_mode(False), torch.enable_grad():  # the backward kernels must work, too
-            parts = [torch.ones(1, n, 1, columns, device=device) for n, columns in ((3, 1), (12, 1), (3, 3), (3, 2))]
-            parts = [part.requires_grad_() for part in parts]
-            volume = TritonAssemble.apply(*parts, None, 2)  # of one pixel: an edge and the last column at d = 0 and 1
+            sizes = ((3, 1), (12, 1), (3, 3), (3, 4))  # channels and columns, of one pixel and four disparities
+            parts = [torch.ones(1, *(n, 1, m), device=device, dtype=dtype).requires_grad_() for n, m in sizes]
+            volume = TritonAssemble.apply(*parts, None, 4)  # 1 + 1 at d = 0 to 2; at d = 3 nothing is left, or the bias
             uses = [int(gradient.sum()) for gradient in torch.autograd.grad(volume.sum(), parts)]
-            if not (volume == 2).all() or uses != [0, 2, 0, 2]:
-                raise RuntimeError(f"the sum of 1 and 1 came out as {volume.flatten()[0]:g}")
+            with torch.no_grad():
+                biased = TritonAssemble.apply(*parts, torch.full((1,), 3.0, device=device, dtype=dtype), 4)
+            values = volume.flatten().tolist(), biased.flatten().tolist(), uses
+            if values != ([2, 2, 2, 0], [2, 2, 2, 3], [0, 3, 0, 3]):
+                raise RuntimeError(f"sums of 1 and 1 came out as {values}")
     except ImportError:
         return None
     except Exception as error:  # whatever a compiler and a driver that do not fit each other come up with

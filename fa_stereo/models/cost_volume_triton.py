@@ -22,7 +22,7 @@ _BLOCK_COLUMNS = 32
 class TritonAssemble(torch.autograd.Function):
     """Takes the parts full [B, 3 O, H, W], edge [B, 12 O, H, *], sheared [B, 3 O, H, W + 2] and last [B, 3 O, H, *].
 
-    Their sums are float32 ones, rounded to the type of the parts once.
+    Their sums are float32 ones, rounded to the type of the parts once. No tensor is kept for the backward pass.
     """
 
     @staticmethod

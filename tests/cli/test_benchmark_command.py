@@ -87,6 +87,10 @@ def test_deviations_from_float64(checkpoint: Path, tmp_path: Path) -> None:
         (["--parts", "regression", "--compile"], "--compile changes none of --parts regression"),
         (["--parts", "network", "--activation-checkpointing"], "--activation-checkpointing changes none of"),
         (["--cuda-graph"], "--cuda-graph needs a GPU"),
+        (
+            ["--parts", "training_step", "--plain-precisions", "fp16"],
+            "training_step is not measured in --plain-precisions fp16",
+        ),
         (["--plain-precisions", "fp64"], "--plain-precisions names fp64, the reference, before others, got fp64"),
         (["--plain-precisions", "fp32,fp64"], "--plain-precisions names fp64, the reference, before others"),
         (["--precisions", "fp64"], "--precisions takes any of fp32,bf16,fp16,mixed, got 'fp64'"),

@@ -40,11 +40,56 @@ for size in [(2, 4, 5, 3, 9), (1, 3, 8, 2, 5), (1, 8, 2, 2, 40), (2, 2, 12, 1, 3
 print("equal")
 """
 
+# Beside PyTorch's own additions, which add the same two numbers in the same type: the volume is the same to the bit.
+PARTS_CHECK = """
+import sys
+import torch
+from fa_stereo.models.cost_volume import _Assemble
+from fa_stereo.models.cost_volume_triton import TritonAssemble
 
-def test_kernels_in_the_interpreter() -> None:
+torch.manual_seed(0)
+device = sys.argv[1]
+for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+    for batch, channels, disparities, height, width in ((2, 4, 5, 3, 9), (1, 3, 12, 2, 5), (1, 8, 2, 2, 33)):
+        columns = min(disparities + 1, width), min(disparities, width + 2)
+        sizes = (3, width), (12, columns[0]), (3, width + 2), (3, columns[1])
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            parts = [torch.randn(batch, n * channels, height, m + 1, device=device).to(dtype) for n, m in sizes]
+            parts = [part.contiguous(memory_format=memory_format)[..., 1:].requires_grad_() for part in parts]
+            for bias in (None, torch.randn(channels, device=device).to(dtype)):
+                with torch.no_grad():
+                    expected = _Assemble.apply(*parts, bias, disparities)
+                    volume = TritonAssemble.apply(*parts, bias, disparities)
+                if device == "cpu" and dtype == torch.bfloat16:  # which the interpreter cuts off, not rounds
+                    torch.testing.assert_close(volume, expected, atol=1e-6, rtol=2**-7)
+                else:
+                    assert torch.equal(volume, expected)
+            volume = TritonAssemble.apply(*parts, None, disparities)
+            expected = _Assemble.apply(*parts, None, disparities)
+            spread = torch.randn(batch, channels, 1, height, 1, device=device).to(dtype).expand(volume.shape)
+            for upstream in (torch.randn_like(volume), torch.randn(volume.shape, device=device).to(dtype), spread):
+                gradients = torch.autograd.grad(volume, parts, upstream, retain_graph=True)
+                again = torch.autograd.grad(volume, parts, upstream, retain_graph=True)
+                assert all(map(torch.equal, gradients, again))
+                for ours, plain in zip(gradients, torch.autograd.grad(expected, parts, upstream, retain_graph=True)):
+                    torch.testing.assert_close(ours, plain, atol=tolerance * float(plain.abs().max()), rtol=0)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("check", [CHECK, PARTS_CHECK], ids=["convolution", "parts"])
+def test_kernels_in_the_interpreter(check: str) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-c", check, "cpu"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.stdout.strip() == "equal", run.stderr
+
+
+@needs_gpu
+def test_the_same_additions_on_the_gpu() -> None:
+    pytest.importorskip("triton")
+    run = subprocess.run([sys.executable, "-c", PARTS_CHECK, "cuda"], capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "equal", run.stderr
 
 
@@ -54,7 +99,7 @@ def test_kernels_in_the_interpreter() -> None:
 def test_kernels_on_the_gpu(dtype: torch.dtype, tolerance: float, bias: bool) -> None:
     pytest.importorskip("triton")
     device = torch.device("cuda", 0)
-    assert _triton_assemble(device) is not None
+    assert _triton_assemble(device, dtype) is not None
     size = (2, 32, 34, 60)
     left, right = (torch.randn(size, device=device, dtype=dtype).requires_grad_() for _ in range(2))
     weight = (0.05 * torch.randn(32, 64, 3, 3, 3, device=device, dtype=dtype)).requires_grad_()
@@ -84,7 +129,7 @@ def test_kernels_on_the_gpu(dtype: torch.dtype, tolerance: float, bias: bool) ->
 
 
 def test_the_cpu_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(device: torch.device) -> None:
+    def refuse(device: torch.device, dtype: torch.dtype) -> None:
         raise AssertionError(f"asked for a kernel on {device}")
 
     monkeypatch.setattr(cost_volume, "_triton_assemble", refuse)
@@ -97,6 +142,6 @@ def test_a_triton_that_does_not_work_is_reported_once_and_done_without(recwarn: 
     pytest.importorskip("triton")
     _triton_assemble.cache_clear()
     for _ in range(2):
-        assert _triton_assemble(torch.device("cpu")) is None  # kernels do not run there
+        assert _triton_assemble(torch.device("cpu"), torch.float32) is None  # kernels do not run there
     _triton_assemble.cache_clear()
     assert [str(w.message)[:20] for w in recwarn if "Triton" in str(w.message)] == ["Triton does not work"]

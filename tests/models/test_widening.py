@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,21 +14,35 @@ from fa_stereo.models.widening import widen
 from tests.random_networks import randomize
 
 
+def trained(aggregation: str = "stacked_hourglass", **attention: Any) -> PSMNet:
+    """Return a network of 4 channels whose attention and batch norms have learnt something."""
+    config = ModelConfig(
+        base_channels=4, max_disparity=32, aggregation=aggregation,
+        attention=AttentionConfig(**({"key_channels": 6} | attention)),
+    )  # fmt: skip
+    return randomize(build_model(config))
+
+
 @pytest.fixture(params=["stacked_hourglass", "basic"])
 def narrow(request: pytest.FixtureRequest) -> PSMNet:
-    """A network of 4 channels whose attention and batch norms have learnt something."""
-    attention = AttentionConfig(key_channels=6)
-    config = ModelConfig(base_channels=4, max_disparity=32, aggregation=request.param, attention=attention)
-    return randomize(build_model(config)).double()
+    return trained(request.param).double()
 
 
 def views() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 64, 96, dtype=torch.float64), torch.randn(2, 3, 64, 96, dtype=torch.float64)
 
 
-def test_the_wide_network_is_the_same_function(narrow: PSMNet) -> None:
-    wide = widen(narrow.float()).double()
-    narrow.double()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"aggregation": "basic"}, {"heads": 2, "normalization": "dot"}, {"value_channels": 10},
+        {"transformer": True}, {"kind": "non_local"}, {"kind": "axial", "heads": 2}, {"kind": "axial", "span": 5},
+        {"kind": "resblock"}, {"kind": "resblock", "value_channels": 6}, {"kind": "none"},
+    ],
+)  # fmt: skip
+def test_the_wide_network_is_the_same_function(options: dict[str, Any]) -> None:
+    narrow = trained(**options).double()
+    wide = widen(narrow)
     assert wide.config.base_channels == 8
     left, right = views()
     for training in (False, True):
@@ -36,18 +51,18 @@ def test_the_wide_network_is_the_same_function(narrow: PSMNet) -> None:
         if not training:
             assert isinstance(expected, torch.Tensor)
             assert expected.std() > 0.1
-            torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(result, expected, atol=1e-9, rtol=0)
             continue
         assert isinstance(expected, StereoOutput)
         for a, b in zip(result.disparities, expected.disparities, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+            torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
 def test_its_halves_learn_different_things(narrow: PSMNet) -> None:
     left, right = views()
     weights = {}
     for noise in (0.0, 0.5):
-        wide = widen(copy.deepcopy(narrow).float(), noise=noise).double().train()
+        wide = widen(narrow, noise=noise).train()
         optimizer = torch.optim.SGD(wide.parameters(), 1e-3)
         for _ in range(2):
             optimizer.zero_grad()
@@ -84,6 +99,7 @@ def test_the_command(narrow: PSMNet, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["none.safetensors", "-o", "wide.safetensors"], "none.safetensors"),
         (["small", "-o", "wide.pt"], r"wide.pt: name the output *.safetensors"),
         (["small", "-o", "wide.safetensors", "--noise", "-1"], "--noise must be zero or more, got -1"),
+        (["small", "-o", "wide.safetensors", "--seed", "4294967296"], "--seed must be from 0 to 4294967295"),
     ],
 )
 def test_unusable_options(
