@@ -1,9 +1,9 @@
 """Adding up the parts of ``convolve_cost_volume`` as one GPU kernel forward and four backward.
 
-PyTorch's own additions take a dozen small kernels for every disparity, of which a GPU spends most of the time waiting
-for the next. Backward, each program gathers what belongs to one entry of one part, so that no two write to the same
-place and the result does not depend on their order. Importing this file needs Triton; ``cost_volume`` uses it where it
-works, and explains the parts. D, W and so on are those of quarter resolution.
+PyTorch's own additions take some seven small kernels for every disparity, each way, which a processor has to launch one
+by one. Backward, each program gathers what belongs to one entry of one part, so that no two write to the same place and
+the result does not depend on their order. Importing this file needs Triton; ``cost_volume`` uses it where it works, and
+explains the parts. D, W and so on are those of quarter resolution.
 """
 
 from __future__ import annotations
