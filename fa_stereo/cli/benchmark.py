@@ -62,8 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="of the fast path: any of fp32,bf16,fp16,mixed")  # fmt: skip
     parser.add_argument("--plain-precisions", default="fp32", metavar="LIST",
                         help="of the plain path: any of fp32,bf16,fp16, or fp64 before another; the first is the "
-                             "reference of the deviations (default fp32; a training step in fp32 takes a GPU minutes, "
-                             "most of them to choose among kernels)")  # fmt: skip
+                             "reference of the deviations (default fp32)")  # fmt: skip
     parser.add_argument(
         "--speedup-over", metavar="NAME",
         help="the precision of the plain path that speedups refer to (default: its first but fp64)",
