@@ -16,8 +16,6 @@ What is left per disparity is one addition of two maps. On a GPU one kernel does
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -25,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fa_stereo.models.triton_support import Kernel, checked_kernel
 
 _EDGE = (-2, -1, 0, 1)
 """Values of delta = x - d at which some but not all taps of the left half survive."""
@@ -121,7 +121,7 @@ def convolve_cost_volume(
     last = F.conv2d(padded[..., -(columns + 2) :], kernels.to(weight.dtype), padding=(1, 2))
     last = last[..., -columns:]  # [B, 3 O, H, columns]
 
-    assemble: Callable[..., Tensor] = _Assemble.apply
+    assemble: Kernel = _Assemble.apply
     if full.is_cuda and full.dtype != torch.float64 and not (bias is not None and _needs_gradient(bias)):
         assemble = _triton_assemble(full.device, full.dtype) or assemble
     return assemble(full, edge, sheared, last, bias, disparities)
@@ -133,28 +133,25 @@ def _needs_gradient(x: Tensor) -> bool:
 
 
 @cache
-def _triton_assemble(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+def _triton_assemble(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """Return the fused kernel if Triton is there and compiles it for this GPU and type, else None."""
-    try:
+
+    def load() -> Kernel:
         from fa_stereo.models.cost_volume_triton import TritonAssemble
 
-        with torch.inference_mode(False), torch.enable_grad():  # the backward kernels must work, too
-            sizes = ((3, 1), (12, 1), (3, 3), (3, 4))  # channels and columns, of one pixel and four disparities
-            parts = [torch.ones(1, *(n, 1, m), device=device, dtype=dtype).requires_grad_() for n, m in sizes]
-            volume = TritonAssemble.apply(*parts, None, 4)  # 1 + 1 at d = 0 to 2; at d = 3 nothing is left, or the bias
-            uses = [int(gradient.sum()) for gradient in torch.autograd.grad(volume.sum(), parts)]
-            with torch.no_grad():
-                biased = TritonAssemble.apply(*parts, torch.full((1,), 3.0, device=device, dtype=dtype), 4)
-            values = volume.flatten().tolist(), biased.flatten().tolist(), uses
-            if values != ([2, 2, 2, 0], [2, 2, 2, 3], [0, 3, 0, 3]):
-                raise RuntimeError(f"sums of 1 and 1 came out as {values}")
-    except ImportError:
-        return None
-    except Exception as error:  # whatever a compiler and a driver that do not fit each other come up with
-        warnings.warn(f"Triton does not work here, the cost volume is slower without it: {error}", stacklevel=3)
-        return None
-    apply: Callable[..., Tensor] = TritonAssemble.apply
-    return apply
+        sizes = ((3, 1), (12, 1), (3, 3), (3, 4))  # channels and columns, of one pixel and four disparities
+        parts = [torch.ones(1, n, 1, m, device=device, dtype=dtype).requires_grad_() for n, m in sizes]
+        volume = TritonAssemble.apply(*parts, None, 4)  # 1 + 1 at d = 0 to 2; at d = 3 nothing is left, or the bias
+        uses = [int(gradient.sum()) for gradient in torch.autograd.grad(volume.sum(), parts)]
+        with torch.no_grad():
+            biased = TritonAssemble.apply(*parts, torch.full((1,), 3.0, device=device, dtype=dtype), 4)
+        values = volume.flatten().tolist(), biased.flatten().tolist(), uses
+        if values != ([2, 2, 2, 0], [2, 2, 2, 3], [0, 3, 0, 3]):
+            raise RuntimeError(f"sums of 1 and 1 came out as {values}")
+        apply: Kernel = TritonAssemble.apply
+        return apply
+
+    return checked_kernel(load, "the cost volume")
 
 
 def _left_kernel(taps: Tensor, end: tuple[int, ...], delta: int) -> Tensor:

@@ -13,8 +13,6 @@ the dominant-modal estimator of Xu et al., CVPR 2024, in a form that is smooth i
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -22,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fa_stereo.models.triton_support import Kernel, checked_kernel
 
 _BAND_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Scores [b, D/4, W] in one band; on the CPU for each thread: few enough for a cache, enough to be worth a call."""
@@ -154,25 +154,22 @@ def _modal(mass: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _triton_regression(device: torch.device) -> Callable[..., Tensor] | None:
+def _triton_regression(device: torch.device) -> Kernel | None:
     """Return the fused kernel if Triton is there and compiles it for this GPU, else None."""
-    try:
+
+    def load() -> Kernel:
         from fa_stereo.models.regression_triton import TritonRegression
 
-        with torch.inference_mode(False), torch.enable_grad():  # the backward kernel must work, too
-            matrix = torch.tensor([[1.0], [1.0]], device=device)
-            logits = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
-            disparity = TritonRegression.apply(logits, matrix, matrix, matrix)  # 0 and 1 px, equally likely
-            disparity.sum().backward()
-            if not (disparity == 0.5).all():
-                raise RuntimeError(f"the mean of 0 and 1 came out as {disparity.flatten()[0]:g}")
-    except ImportError:
-        return None
-    except Exception as error:  # whatever a compiler and a driver that do not fit each other come up with
-        warnings.warn(f"Triton does not work here, disparity regression is slower without it: {error}", stacklevel=3)
-        return None
-    apply: Callable[..., Tensor] = TritonRegression.apply
-    return apply
+        matrix = torch.tensor([[1.0], [1.0]], device=device)
+        logits = torch.zeros(1, 1, 1, 1, device=device, requires_grad=True)
+        disparity = TritonRegression.apply(logits, matrix, matrix, matrix)  # 0 and 1 px, equally likely
+        disparity.sum().backward()
+        if not (disparity == 0.5).all():
+            raise RuntimeError(f"the mean of 0 and 1 came out as {disparity.flatten()[0]:g}")
+        apply: Kernel = TritonRegression.apply
+        return apply
+
+    return checked_kernel(load, "disparity regression")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
