@@ -18,14 +18,11 @@ from torch import Tensor, nn
 
 from fa_stereo.config import ModelConfig
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
-from fa_stereo.models.layers import ConvNorm3d, DeconvNorm3d, initialize_like_psmnet
+from fa_stereo.models.layers import ConvNorm3d, DeconvNorm3d, convolve, initialize_like_psmnet, upsample
 from fa_stereo.models.recomputation import Run, call
 
 _SLAB_ELEMENTS = 1 << 23
 """Values in one slab, about: few enough for a cache and to be allocated without new pages from the system each time."""
-
-_LEAST_SLAB_PLANE = 20480
-"""PyTorch hands a convolution of a single sample to oneDNN only if channels x disparities x rows exceed this."""
 
 
 class VolumeEntry(nn.Module):
@@ -231,9 +228,7 @@ def convolve_slab(layer: ConvNorm3d, x: Tensor, start: int, stop: int) -> Tensor
     """Return disparities start to stop of ``layer(x)`` (stride 1), reading only those of ``x`` that they depend on."""
     first, last = max(start - 1, 0), min(stop + 1, x.shape[2])
     at_end = start == 0 or stop == x.shape[2]  # where zeros are needed on one side at least
-    conv = layer.conv
-    slab = F.conv3d(x[:, :, first:last], conv.weight, conv.bias, padding=(int(at_end), 1, 1))
-    out: Tensor = layer.norm(slab)
+    out: Tensor = layer.norm(convolve(layer.conv, x[:, :, first:last], padding=int(at_end)))
     return out.narrow(2, start - first, stop - start) if at_end else out
 
 
@@ -242,12 +237,7 @@ def upsample_slab(layer: DeconvNorm3d, x: Tensor, start: int, stop: int) -> Tens
 
     Disparity 2 i depends on i alone, 2 i + 1 on i and i + 1.
     """
-    conv = layer.conv
-    at_end = int(stop == 2 * x.shape[2])  # where there is no disparity after the slab
-    slab = F.conv_transpose3d(
-        x[:, :, start // 2 : stop // 2 + 1], conv.weight, conv.bias, 2, 1, output_padding=(at_end, 1, 1)
-    )
-    out: Tensor = layer.norm(slab)
+    out: Tensor = layer.norm(upsample(layer.conv, x[:, :, start // 2 : stop // 2 + 1]))
     return out.narrow(2, 0, stop - start)
 
 
@@ -283,17 +273,14 @@ def upsampled_slabs(layer: DeconvNorm3d, x: Tensor, addend: Tensor) -> Iterator[
 
 def _convolve_unpadded(layer: ConvNorm3d, x: Tensor) -> Tensor:
     """Return ``layer(x)`` without padding along disparity."""
-    conv = layer.conv
-    out: Tensor = layer.norm(F.conv3d(x, conv.weight, conv.bias, conv.stride, padding=(0, 1, 1)))
+    out: Tensor = layer.norm(convolve(layer.conv, x, padding=0))
     return out
 
 
 def _slabs(x: Tensor) -> Iterator[tuple[int, int]]:
     """Return the disparities of [B, c, D, H, W] in slabs, as start and stop; all but the last stop are even."""
     batch, channels, depths, height, width = x.shape
-    fitting = _SLAB_ELEMENTS // (batch * channels * height * width)
-    least = _LEAST_SLAB_PLANE // (channels * height) + 1
-    step = 2 * max(fitting // 2, -(-least // 2), 1)
+    step = max(_SLAB_ELEMENTS // (batch * channels * height * width) // 2 * 2, 2)
     return ((start, min(start + step, depths)) for start in range(0, depths, step))
 
 

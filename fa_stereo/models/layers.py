@@ -8,7 +8,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+_ONEDNN_ELEMENTS = 20480
+"""PyTorch hands a float32 convolution of a single sample to oneDNN only if channels x disparities x rows exceed this;
+its own takes several times as long, and memory for every tap of the kernel."""
 
 
 class ConvNorm2d(nn.Module):
@@ -46,7 +51,7 @@ class ConvNorm3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
-        out: Tensor = self.norm(self.conv(x))
+        out: Tensor = self.norm(convolve(self.conv, x))
         return out
 
 
@@ -60,8 +65,39 @@ class DeconvNorm3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
-        out: Tensor = self.norm(self.conv(x))
+        out: Tensor = self.norm(upsample(self.conv, x))
         return out
+
+
+def convolve(conv: nn.Conv3d, x: Tensor, padding: int = 1) -> Tensor:
+    """Convolve [B, C_in, D, H, W] with a 3x3x3 kernel: ``conv(x)``, with another padding along disparity if given."""
+    longer = _append_zeros(x)
+    out = F.conv3d(longer, conv.weight, conv.bias, conv.stride, (padding, 1, 1))
+    return out.narrow(2, 0, (x.shape[2] + 2 * padding - 3) // conv.stride[0] + 1)
+
+
+def upsample(conv: nn.ConvTranspose3d, x: Tensor) -> Tensor:
+    """Double D, H and W of [B, C_in, D, H, W] by a transposed 3x3x3 kernel: ``conv(x)``."""
+    out = F.conv_transpose3d(_append_zeros(x), conv.weight, conv.bias, 2, 1, output_padding=1)
+    return out.narrow(2, 0, 2 * x.shape[2])
+
+
+def _append_zeros(x: Tensor) -> Tensor:
+    """Append ``_missing_disparities`` of zeros at the end, where a padded kernel sees zeros anyway."""
+    missing = _missing_disparities(x)
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing > 0 else x
+
+
+def _missing_disparities(x: Tensor) -> int:
+    """Return how many disparities [B, C, D, H, W] lacks for a convolution by oneDNN; 0 or less where that is no matter.
+
+    Lower precision and batches go to oneDNN anyway, float64 never does.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] > 1 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return 0
+    if torch.is_autocast_enabled("cpu") or torch.onnx.is_in_onnx_export():
+        return 0
+    return _ONEDNN_ELEMENTS // (x.shape[1] * x.shape[3]) + 1 - x.shape[2]
 
 
 def initialize_like_psmnet(module: nn.Module) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from fa_stereo.models.layers import ConvNorm2d
+from fa_stereo.models import layers
+from fa_stereo.models.layers import ConvNorm2d, convolve, upsample
 
 
 @pytest.mark.parametrize(("kernel_size", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (3, 1, 2), (1, 1, 1), (1, 2, 1)])
@@ -42,3 +46,45 @@ def test_narrow_layers_train_in_channels_last(channels: int) -> None:
     exact(x.double()).square().mean().backward()
     for ours, double in zip(layer.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(ours.grad.double(), double.grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("depths", [2, 3, 8])
+@pytest.mark.parametrize("appended", [0, 1, 5])
+@pytest.mark.parametrize("kind", ["stride 1", "stride 2", "unpadded", "transposed"])
+def test_zeros_appended_along_disparity(kind: str, appended: int, depths: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are those of the convolution without them."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, depths + 1, 5, 6, dtype=torch.float64).requires_grad_()
+    conv = (
+        nn.ConvTranspose3d(3, 4, 3, 2, 1, 1) if kind == "transposed" else nn.Conv3d(3, 4, 3, 1 + (kind[-1] == "2"), 1)
+    )
+    conv.double()
+    if isinstance(conv, nn.ConvTranspose3d):
+        expected, run = conv(x), lambda: upsample(conv, x)
+    else:
+        padding = int(kind != "unpadded")
+        expected = F.conv3d(x, conv.weight, conv.bias, conv.stride, (padding, 1, 1))
+        run = lambda: convolve(conv, x, padding)  # noqa: E731
+    monkeypatch.setattr(layers, "_missing_disparities", lambda x: appended)
+    result = run()
+    torch.testing.assert_close(result, expected, atol=1e-12, rtol=0)
+    inputs, upstream = (x, conv.weight, conv.bias), torch.randn_like(expected)
+    for ours, plain in zip(
+        torch.autograd.grad(result, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, atol=1e-11, rtol=0)
+
+
+def test_which_volumes_get_zeros() -> None:
+    """Small single ones of float32 on the CPU, with which oneDNN computes what PyTorch does."""
+    small, least = torch.randn(1, 16, 4, 20, 12), 20480 // (16 * 20) + 1
+    with_onednn = torch.backends.mkldnn.is_available()
+    assert layers._missing_disparities(small) == (least - 4 if with_onednn else 0)
+    assert layers._missing_disparities(torch.randn(1, 16, least, 20, 12)) <= 0
+    for other in (small.double(), small.bfloat16(), small.expand(2, -1, -1, -1, -1), small.to("meta")):
+        assert layers._missing_disparities(other) <= 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layers._missing_disparities(small) == 0
+    for conv, run in ((nn.Conv3d(16, 8, 3, 2, 1), convolve), (nn.ConvTranspose3d(16, 8, 3, 2, 1, 1), upsample)):
+        exact = copy.deepcopy(conv).double()(small.double())
+        torch.testing.assert_close(run(conv, small).double(), exact, atol=1e-5, rtol=0)

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from random_networks import randomize
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from fa_stereo.config import ATTENTION_SLOTS, AttentionConfig
 from fa_stereo.errors import InputError
-from fa_stereo.models import aggregation
+from fa_stereo.models import aggregation, layers
 from fa_stereo.models.aggregation import add_score_taps, convolve_slab, score_taps, upsample_slab
 from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d
 from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference, prepare_for_training
@@ -159,7 +160,6 @@ def test_scores_without_a_3d_convolution(depths: int, memory_format: torch.memor
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even tiny volumes into many slabs, of two disparities each."""
     monkeypatch.setattr(aggregation, "_SLAB_ELEMENTS", 1)
-    monkeypatch.setattr(aggregation, "_LEAST_SLAB_PLANE", 0)
 
 
 @pytest.mark.parametrize("depths", [1, 2, 3, 6, 7, 13])
@@ -189,8 +189,29 @@ def test_same_function_in_many_slabs(aggregation_kind: str) -> None:
         torch.testing.assert_close(optimize_for_inference(model)(left, right), expected, atol=1e-9, rtol=0)
 
 
-def test_slabs_are_large_enough_for_the_fast_convolutions() -> None:
-    for shape in ((1, 32, 48, 136, 240), (1, 16, 24, 68, 120), (1, 16, 48, 200, 480), (1, 32, 48, 540, 960)):
-        volume = torch.empty(shape, device="meta")
-        first, *_ = aggregation._slabs(volume)
-        assert shape[1] * (first[1] - first[0]) * shape[3] > 20480 or first[1] == shape[2]
+@pytest.mark.usefixtures("small_slabs")
+@pytest.mark.parametrize("aggregation_kind", ["stacked_hourglass", "basic"])
+def test_same_function_with_zeros_appended_to_every_volume(
+    aggregation_kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(aggregation=aggregation_kind).double()
+    left, right = torch.randn(2, 2, 3, 37, 51, dtype=torch.float64)
+    expected = plain_result(model, left, right)
+    monkeypatch.setattr(layers, "_missing_disparities", lambda x: 3)
+    with torch.inference_mode():
+        torch.testing.assert_close(optimize_for_inference(model)(left, right), expected, atol=1e-9, rtol=0)
+        torch.testing.assert_close(model(left, right), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("size", [(64, 128), (256, 384)])
+@pytest.mark.parametrize("base_channels", [8, 16])
+def test_every_volume_is_convolved_by_onednn(base_channels: int, size: tuple[int, int]) -> None:
+    """PyTorch's own 3-D convolutions, which it prefers for small volumes, are several times as slow."""
+    fast = optimize_for_inference(tiny(base_channels=base_channels, max_disparity=64))
+    views = torch.randn(2, 1, 3, *size)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        fast(*views)
+    names = {event.key for event in profiled.key_averages()}
+    assert names >= {"aten::conv3d", "aten::conv_transpose3d", "aten::mkldnn_convolution"}
+    assert not [name for name in names if name.startswith(("aten::slow_conv3d", "aten::slow_conv_transpose3d"))]
