@@ -134,6 +134,37 @@ def test_freed_memory_is_kept_for_the_next_allocation() -> None:
     assert kept < usual / 10  # and for training they are kept too
 
 
+HUGE = """
+import mmap, os, sys
+import torch
+from fa_stereo import memory
+
+if sys.argv[1] == "late":
+    torch.zeros(1)
+assert memory.keep_freed_memory(whole=sys.argv[2] == "whole")
+assert os.environ.get("THP_MEM_ALLOC_ENABLE") == (sys.argv[3] or None)
+print(memory.use_huge_pages(), *(torch.empty(10**7 * n, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE for n in (1, 2, 5)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
+@pytest.mark.parametrize("blocks", ["whole", "slabs"])
+@pytest.mark.parametrize(("moment", "setting"), [("early", ""), ("late", ""), ("early", "0"), ("late", "1")])
+def test_large_tensors_are_in_huge_pages(blocks: str, moment: str, setting: str) -> None:
+    """If asked before the first tensor, and unless the user has set it otherwise."""
+    name = "THP_MEM_ALLOC_ENABLE"
+    environment = {key: value for key, value in os.environ.items() if key != name} | (
+        {name: setting} if setting else {}
+    )
+    command = [sys.executable, "-c", HUGE, moment, blocks, setting]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    used, *offsets = result.stdout.split()
+    if setting == "1" or (moment == "early" and setting != "0"):
+        assert [used, *offsets] == ["True", "0", "0", "0"]
+    else:
+        assert used == "False"
+
+
 @linux
 def test_available_and_peak_memory() -> None:
     assert 0 < available_memory() < 2**50

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from fa_stereo.config import ModelConfig
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
-from fa_stereo.models.layers import ConvNorm3d, DeconvNorm3d, convolve, initialize_like_psmnet, upsample
+from fa_stereo.models.layers import (
+    ONEDNN_ELEMENTS,
+    ConvNorm3d,
+    DeconvNorm3d,
+    convolve,
+    initialize_like_psmnet,
+    upsample,
+)
 from fa_stereo.models.recomputation import Run, call
 
 _SLAB_ELEMENTS = 1 << 23
@@ -117,10 +124,13 @@ class ScoreHead(nn.Module):
         if plain:
             scores: Tensor = self.conv2(F.relu(self.conv1(x), inplace=True))
             return scores.squeeze(1)
+        scores = new_scores(x)
         if not _is_lean(self, plain):
-            return add_score_taps(score_taps(F.relu(self.conv1(x), inplace=True), self.conv2.weight))
-        hidden = (F.relu(convolve_slab(self.conv1, x, *slab), inplace=True) for slab in _slabs(x))
-        return add_score_taps(torch.cat([score_taps(slab, self.conv2.weight) for slab in hidden], dim=1))
+            return add_score_taps(scores, score_taps(F.relu(self.conv1(x), inplace=True), self.conv2.weight))
+        for start, stop in _slabs(x):
+            hidden = F.relu(convolve_slab(self.conv1, x, start, stop), inplace=True)
+            add_score_taps(scores, score_taps(hidden, self.conv2.weight), start)
+        return scores
 
 
 class StackedHourglass(nn.Module):
@@ -156,21 +166,21 @@ class StackedHourglass(nn.Module):
         """
         first, *_ = hourglasses = [hourglass for hourglass in self.hourglasses if isinstance(hourglass, Hourglass)]
         hidden = F.relu(first.conv1(cost0), inplace=True)  # [B, 2c, D/2, H/2, W/2]
-        first_pre, post, score = None, None, torch.zeros((), device=cost0.device)
+        first_pre, post, scores = None, None, new_scores(cost0)
         for hourglass, head, following in zip(hourglasses, self.heads, [*hourglasses[1:], None], strict=True):
             assert isinstance(head, ScoreHead)
             first_pre, post = hourglass.refine(hidden, first_pre, post)
-            hidden, entered = hidden.new_empty(0) if following is None else torch.empty_like(hidden), 0
-            taps = []
+            hidden = hidden.new_empty(0) if following is None else torch.empty_like(hidden)
+            scored, entered = 0, 0
             for around, before in upsampled_slabs(hourglass.conv6, post, cost0):
                 slab = F.relu(_convolve_unpadded(head.conv1, around), inplace=True)
-                taps.append(score_taps(slab, head.conv2.weight))
+                add_score_taps(scores, score_taps(slab, head.conv2.weight), scored)  # to those of the heads before
+                scored += slab.shape[2]
                 if following is not None:
                     slab = F.relu(_convolve_unpadded(following.conv1, before), inplace=True)
                     hidden[:, :, entered : entered + slab.shape[2]] = slab
                     entered += slab.shape[2]
-            score = add_score_taps(torch.cat(taps, dim=1)).add_(score)
-        return score
+        return scores
 
 
 class BasicAggregation(nn.Module):
@@ -216,12 +226,23 @@ def score_taps(x: Tensor, weight: Tensor) -> Tensor:
     return taps.to(torch.promote_types(taps.dtype, torch.float32)).view(x.shape[0], -1, *taps.shape[1:])
 
 
-def add_score_taps(taps: Tensor) -> Tensor:
-    """Add [B, D, 3, H, W] of ``score_taps`` up over disparity: scores [B, D, H, W]."""
-    scores = taps[:, :, 1].clone()
-    scores[:, 1:] += taps[:, :-1, 0]
-    scores[:, :-1] += taps[:, 1:, 2]
+def add_score_taps(scores: Tensor, taps: Tensor, start: int = 0) -> Tensor:
+    """Add what ``score_taps`` returned for disparities from ``start`` on, [B, d, 3, H, W], to scores [B, D, H, W].
+
+    The scores are overwritten, and returned.
+    """
+    stop, depths = start + taps.shape[1], scores.shape[1]
+    scores[:, start:stop] += taps[:, :, 1]
+    last, first = min(stop + 1, depths), max(start - 1, 0)
+    scores[:, start + 1 : last] += taps[:, : last - start - 1, 0]
+    scores[:, first : stop - 1] += taps[:, first + 1 - start :, 2]
     return scores
+
+
+def new_scores(x: Tensor) -> Tensor:
+    """Return zeros [B, D, H, W] for the scores of a volume [B, c, D, H, W], at least float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.zeros(x.shape[0], *x.shape[2:], dtype=dtype, device=x.device)
 
 
 def convolve_slab(layer: ConvNorm3d, x: Tensor, start: int, stop: int) -> Tensor:
@@ -280,7 +301,9 @@ def _convolve_unpadded(layer: ConvNorm3d, x: Tensor) -> Tensor:
 def _slabs(x: Tensor) -> Iterator[tuple[int, int]]:
     """Return the disparities of [B, c, D, H, W] in slabs, as start and stop; all but the last stop are even."""
     batch, channels, depths, height, width = x.shape
-    step = max(_SLAB_ELEMENTS // (batch * channels * height * width) // 2 * 2, 2)
+    fitting = _SLAB_ELEMENTS // (batch * channels * height * width)
+    least = ONEDNN_ELEMENTS // (channels * height)  # so many and one more are enough for oneDNN at half resolution
+    step = 2 * max(fitting // 2, least, 1)
     return ((start, min(start + step, depths)) for start in range(0, depths, step))
 
 

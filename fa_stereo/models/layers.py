@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ONEDNN_ELEMENTS = 20480
+ONEDNN_ELEMENTS = 20480
 """PyTorch hands a float32 convolution of a single sample to oneDNN only if channels x disparities x rows exceed this;
 its own takes several times as long, and memory for every tap of the kernel."""
 
@@ -93,11 +93,11 @@ def _missing_disparities(x: Tensor) -> int:
 
     Lower precision and batches go to oneDNN anyway, float64 never does.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] > 1 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] > 1 or torch.is_autocast_enabled("cpu"):
         return 0
-    if torch.is_autocast_enabled("cpu") or torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
-    return _ONEDNN_ELEMENTS // (x.shape[1] * x.shape[3]) + 1 - x.shape[2]
+    return ONEDNN_ELEMENTS // (x.shape[1] * x.shape[3]) + 1 - x.shape[2]
 
 
 def initialize_like_psmnet(module: nn.Module) -> None:

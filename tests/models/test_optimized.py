@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from fa_stereo.config import ATTENTION_SLOTS, AttentionConfig
 from fa_stereo.errors import InputError
 from fa_stereo.models import aggregation, layers
-from fa_stereo.models.aggregation import add_score_taps, convolve_slab, score_taps, upsample_slab
+from fa_stereo.models.aggregation import add_score_taps, convolve_slab, new_scores, score_taps, upsample_slab
 from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d
 from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference, prepare_for_training
 from fa_stereo.models.psmnet import PSMNet, build_model
@@ -146,7 +146,7 @@ def test_scores_without_a_3d_convolution(depths: int, memory_format: torch.memor
     x = torch.randn(2, 4, depths, 5, 7, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
     weight = torch.randn(1, 4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     expected = F.conv3d(x, weight, padding=1).squeeze(1)
-    scores = add_score_taps(score_taps(x, weight))
+    scores = add_score_taps(new_scores(x), score_taps(x, weight))
     torch.testing.assert_close(scores, expected, atol=1e-12, rtol=0)
     upstream = torch.randn_like(expected)
     for ours, plain in zip(
@@ -154,12 +154,18 @@ def test_scores_without_a_3d_convolution(depths: int, memory_format: torch.memor
         strict=True,
     ):  # fmt: skip
         torch.testing.assert_close(ours, plain, atol=1e-11, rtol=0)
+    for step in (1, 2, 3):
+        pieces = new_scores(x)
+        for start in range(0, depths, step):
+            add_score_taps(pieces, score_taps(x[:, :, start : start + step], weight), start)
+        torch.testing.assert_close(pieces, expected, atol=1e-12, rtol=0)
 
 
 @pytest.fixture
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even tiny volumes into many slabs, of two disparities each."""
     monkeypatch.setattr(aggregation, "_SLAB_ELEMENTS", 1)
+    monkeypatch.setattr(aggregation, "ONEDNN_ELEMENTS", 0)
 
 
 @pytest.mark.parametrize("depths", [1, 2, 3, 6, 7, 13])
@@ -215,3 +221,14 @@ def test_every_volume_is_convolved_by_onednn(base_channels: int, size: tuple[int
     names = {event.key for event in profiled.key_averages()}
     assert names >= {"aten::conv3d", "aten::conv_transpose3d", "aten::mkldnn_convolution"}
     assert not [name for name in names if name.startswith(("aten::slow_conv3d", "aten::slow_conv_transpose3d"))]
+
+
+def test_slabs_are_large_enough_for_onednn() -> None:
+    """Nothing is appended to what the transposed convolution of a slab reads, nor to what the others do."""
+    for shape in ((1, 32, 48, 136, 240), (1, 16, 48, 136, 240), (1, 16, 48, 200, 480), (1, 32, 48, 540, 960)):
+        (start, stop), *others = aggregation._slabs(torch.empty(shape, device="meta"))
+        assert start == 0
+        assert others
+        _, channels, _, height, _ = shape
+        assert layers._missing_disparities(torch.empty(1, 2 * channels, stop // 2 + 1, height // 2, 1)) <= 0
+        assert layers._missing_disparities(torch.empty(1, channels, stop, height, 1)) <= 0
