@@ -143,7 +143,8 @@ if sys.argv[1] == "late":
     torch.zeros(1)
 assert memory.keep_freed_memory(whole=sys.argv[2] == "whole")
 assert os.environ.get("THP_MEM_ALLOC_ENABLE") == (sys.argv[3] or None)
-print(memory.use_huge_pages(), *(torch.empty(10**7 * n, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE for n in (1, 2, 5)))
+offsets = (torch.empty(10**7 * n, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE for n in (1, 2, 5))
+print(memory.use_huge_pages(), *offsets)
 """
 
 
