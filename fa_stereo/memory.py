@@ -120,18 +120,19 @@ def keep_large_blocks() -> bool:
 
 
 def keep_freed_memory(*, whole: bool = True) -> bool:
-    """Have glibc keep freed memory (up to 2 GiB at the end of the heap) for the next allocation, in huge pages.
+    """Have glibc keep freed memory (up to 2 GiB at the end of the heap) for the next allocation.
 
     For programs that allocate the same large blocks over and over, as a network does: what was given back to the system
     has to be cleared by it, page by page, when it is asked for again. It concerns the whole process, so that it is for
-    commands to call and not for the library; for huge pages before the first tensor exists: see ``use_huge_pages``.
+    commands to call and not for the library.
 
     Args:
         whole: Keep blocks of any size, which is fastest, but leaves holes between them: for training, whose blocks have
             the same sizes in every step. Otherwise those of up to 32 MiB, the slabs that inference works in, while
-            whole volumes are given back.
+            whole volumes are given back, and cleared faster when asked for again: see ``use_huge_pages``.
     """
-    use_huge_pages()
+    if not whole:  # what is never given back is cleared once, and aligned to pages more of it would lie idle
+        use_huge_pages()
     limited = _set_malloc_option(_M_MMAP_MAX, 0) if whole else _set_malloc_option(_M_MMAP_THRESHOLD, 2**25)
     return limited and _set_malloc_option(_M_TRIM_THRESHOLD, 2**31 - 1)
 
@@ -139,9 +140,10 @@ def keep_freed_memory(*, whole: bool = True) -> bool:
 def use_huge_pages() -> bool:
     """Have PyTorch ask Linux for huge pages for blocks of 2 MiB or more of a CPU's memory; tell whether it does.
 
-    Linux, where it is set up to listen (mode ``madvise``), clears 2 MiB at a time then instead of 4 KiB. PyTorch looks
-    at its environment variable for that only once, at the first tensor of a process. If ``THP_MEM_ALLOC_ENABLE`` is set
-    already, it stays as it is.
+    Linux, where it is set up to listen (mode ``madvise``), clears 2 MiB at a time then instead of 4 KiB. For that
+    PyTorch aligns blocks to pages, which leaves fewer holes among the slabs of inference, but more among the blocks of
+    training. It looks at its environment variable for it only once, at the first tensor of a process. If
+    ``THP_MEM_ALLOC_ENABLE`` is set already, it stays as it is.
     """
     name = "THP_MEM_ALLOC_ENABLE"
     ours = sys.platform.startswith("linux") and name not in os.environ

@@ -49,12 +49,8 @@ BENCHMARK_PRECISIONS = ("fp64", *INFERENCE_PRECISIONS)
 COMPILED_PARTS = ("features", "aggregation", "network", "training_step", "pairs")
 """Parts in which there is anything for torch.compile."""
 
-TUNED_ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "20000000000",
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
-"""Environment in which glibc keeps freed memory, in huge pages, instead of asking the system for zeroed ones again."""
+TUNED_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
+"""Environment in which glibc keeps freed memory, instead of asking the system for zeroed pages again each time."""
 
 
 @dataclass(frozen=True)
