@@ -149,10 +149,13 @@ def use_huge_pages() -> bool:
     ours = sys.platform.startswith("linux") and name not in os.environ
     if ours:
         os.environ[name] = "1"
-    blocks = [torch.empty(2**21 + 1, dtype=torch.uint8) for _ in range(2)]
-    if ours:
-        del os.environ[name]  # other processes decide for themselves
-    return all(block.data_ptr() % mmap.PAGESIZE == 0 for block in blocks)  # as what can be asked for has to be
+    try:
+        blocks = [torch.empty(2**21 + 1, dtype=torch.uint8) for _ in range(2)]
+    finally:
+        if ours:
+            del os.environ[name]  # other processes decide for themselves
+    # What Linux can be asked about has to begin with a page.
+    return sys.platform.startswith("linux") and all(block.data_ptr() % mmap.PAGESIZE == 0 for block in blocks)
 
 
 def return_freed_memory() -> bool:

@@ -28,6 +28,7 @@ from fa_stereo.config import AttentionConfig, ModelConfig, RenderConfig, TrainCo
 from fa_stereo.errors import InputError
 from fa_stereo.history import FILE_NAME, read_history
 from fa_stereo.models.checkpoint import load_model, read_record
+from fa_stereo.models.layers import without_appended_zeros
 from fa_stereo.models.psmnet import PSMNet, build_model
 
 CONFIDENCE = 0.95
@@ -263,7 +264,8 @@ def count_multiply_adds(config: ModelConfig, height: int, width: int) -> int:
     model = _network(config).eval()
     # The CPU's fused attention, which not every version's counter knows.
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=fused) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping=fused)
+    with torch.no_grad(), without_appended_zeros(), counting as counter:
         model(*torch.zeros(2, 1, 3, height, width))
     return int(counter.get_total_flops()) // 2
 
@@ -293,7 +295,7 @@ def count_kept_bytes(config: ModelConfig, height: int, width: int, batch: int = 
         return tensor
 
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != "fp32")  # fp16 takes as many bytes
-    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with autocast, without_appended_zeros(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(*torch.zeros(2, batch, 3, height, width))
     del output  # not before: what is kept must stay alive, or its address might stand for two tensors
     return sum(size for address, size in kept.items() if address not in weights)

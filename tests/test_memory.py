@@ -150,8 +150,16 @@ print(memory.use_huge_pages(), *offsets)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
-@pytest.mark.parametrize("blocks", ["whole", "slabs"])
-@pytest.mark.parametrize(("moment", "setting"), [("early", ""), ("late", ""), ("early", "0"), ("late", "1")])
+@pytest.mark.parametrize(
+    ("blocks", "moment", "setting"),
+    [
+        ("slabs", "early", ""),
+        ("whole", "early", ""),
+        ("slabs", "late", ""),
+        ("slabs", "early", "0"),
+        ("slabs", "late", "1"),
+    ],
+)
 def test_large_tensors_are_in_huge_pages(blocks: str, moment: str, setting: str) -> None:
     """If asked before the first tensor, not for training, and unless the user has set it otherwise."""
     name = "THP_MEM_ALLOC_ENABLE"

@@ -220,7 +220,7 @@ def score_taps(x: Tensor, weight: Tensor) -> Tensor:
     """
     kernel = weight[0].transpose(0, 1)  # [3, c, 3, 3]
     slices = x.transpose(1, 2).flatten(0, 1)  # [B d, c, H, W]; no copy in channels_last_3d memory
-    if not torch.is_autocast_enabled(x.device.type):
+    if slices.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         slices = slices.to(weight.dtype)
     taps = F.conv2d(slices, kernel, padding=1)
     return taps.to(torch.promote_types(taps.dtype, torch.float32)).view(x.shape[0], -1, *taps.shape[1:])
@@ -302,8 +302,8 @@ def _slabs(x: Tensor) -> Iterator[tuple[int, int]]:
     """Return the disparities of [B, c, D, H, W] in slabs, as start and stop; all but the last stop are even."""
     batch, channels, depths, height, width = x.shape
     fitting = _SLAB_ELEMENTS // (batch * channels * height * width)
-    least = ONEDNN_ELEMENTS // (channels * height)  # so many and one more are enough for oneDNN at half resolution
-    step = 2 * max(fitting // 2, least, 1)
+    least = ONEDNN_ELEMENTS // (channels * height) + 1  # for oneDNN
+    step = 2 * max(fitting // 2, -(-least // 2), 1)
     return ((start, min(start + step, depths)) for start in range(0, depths, step))
 
 

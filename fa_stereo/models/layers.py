@@ -6,6 +6,8 @@ Convolution and norm are kept as named children, so that a fast path can fold on
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 ONEDNN_ELEMENTS = 20480
 """PyTorch hands a float32 convolution of a single sample to oneDNN only if channels x disparities x rows exceed this;
-its own takes several times as long, and memory for every tap of the kernel."""
+its own takes about five times as long (on x86), and memory for every tap of the kernel."""
+
+_appending = True  # see without_appended_zeros
 
 
 class ConvNorm2d(nn.Module):
@@ -71,33 +75,52 @@ class DeconvNorm3d(nn.Module):
 
 def convolve(conv: nn.Conv3d, x: Tensor, padding: int = 1) -> Tensor:
     """Convolve [B, C_in, D, H, W] with a 3x3x3 kernel: ``conv(x)``, with another padding along disparity if given."""
-    longer = _append_zeros(x)
-    out = F.conv3d(longer, conv.weight, conv.bias, conv.stride, (padding, 1, 1))
+    missing = _missing_disparities(x)
+    if missing == 0 and padding == 1:
+        out: Tensor = conv(x)
+        return out
+    out = F.conv3d(_append_zeros(x, missing), conv.weight, conv.bias, conv.stride, (padding, 1, 1))
     return out.narrow(2, 0, (x.shape[2] + 2 * padding - 3) // conv.stride[0] + 1)
 
 
 def upsample(conv: nn.ConvTranspose3d, x: Tensor) -> Tensor:
     """Double D, H and W of [B, C_in, D, H, W] by a transposed 3x3x3 kernel: ``conv(x)``."""
-    out = F.conv_transpose3d(_append_zeros(x), conv.weight, conv.bias, 2, 1, output_padding=1)
+    missing = _missing_disparities(x)
+    if missing == 0:
+        out: Tensor = conv(x)
+        return out
+    out = F.conv_transpose3d(_append_zeros(x, missing), conv.weight, conv.bias, 2, 1, output_padding=1)
     return out.narrow(2, 0, 2 * x.shape[2])
 
 
-def _append_zeros(x: Tensor) -> Tensor:
-    """Append ``_missing_disparities`` of zeros at the end, where a padded kernel sees zeros anyway."""
-    missing = _missing_disparities(x)
-    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing > 0 else x
+@contextmanager
+def without_appended_zeros() -> Iterator[None]:
+    """Convolve volumes as they are inside this context: for whoever counts or exports what the network computes."""
+    global _appending
+    before, _appending = _appending, False
+    try:
+        yield
+    finally:
+        _appending = before
+
+
+def _append_zeros(x: Tensor, disparities: int) -> Tensor:
+    """Append zeros along disparity, which no result sees, or sees in place of the zeros of a padding."""
+    return F.pad(x, (0, 0, 0, 0, 0, disparities)) if disparities else x
 
 
 def _missing_disparities(x: Tensor) -> int:
-    """Return how many disparities [B, C, D, H, W] lacks for a convolution by oneDNN; 0 or less where that is no matter.
+    """Return how many disparities [B, C, D, H, W] lacks for a convolution by oneDNN; 0 where that is no matter.
 
-    Lower precision and batches go to oneDNN anyway, float64 never does.
+    In lower precision, in batches and in float64 PyTorch's choice does not depend on the size. More than three times as
+    many as there are would take longer than its own convolution.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] > 1 or torch.is_autocast_enabled("cpu"):
         return 0
-    if torch.onnx.is_in_onnx_export() or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not (_appending and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return 0
-    return ONEDNN_ELEMENTS // (x.shape[1] * x.shape[3]) + 1 - x.shape[2]
+    missing = ONEDNN_ELEMENTS // (x.shape[1] * x.shape[3]) + 1 - x.shape[2]
+    return missing if 0 < missing <= 3 * x.shape[2] else 0
 
 
 def initialize_like_psmnet(module: nn.Module) -> None:
