@@ -295,7 +295,7 @@ def count_kept_bytes(config: ModelConfig, height: int, width: int, batch: int = 
         return tensor
 
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision != "fp32")  # fp16 takes as many bytes
-    with autocast, without_appended_zeros(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(*torch.zeros(2, batch, 3, height, width))
     del output  # not before: what is kept must stay alive, or its address might stand for two tensors
     return sum(size for address, size in kept.items() if address not in weights)

@@ -112,12 +112,13 @@ def _append_zeros(x: Tensor, disparities: int) -> Tensor:
 def _missing_disparities(x: Tensor) -> int:
     """Return how many disparities [B, C, D, H, W] lacks for a convolution by oneDNN; 0 where that is no matter.
 
-    In lower precision, in batches and in float64 PyTorch's choice does not depend on the size. More than three times as
-    many as there are would take longer than its own convolution.
+    In lower precision, in batches and in float64 PyTorch's choice does not depend on the size. In training nothing is
+    gained, and more than three times as many as there are would take longer than PyTorch's own convolution.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] > 1 or torch.is_autocast_enabled("cpu"):
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not has_onednn or not _appending or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return 0
-    if not (_appending and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] > 1:
         return 0
     missing = ONEDNN_ELEMENTS // (x.shape[1] * x.shape[3]) + 1 - x.shape[2]
     return missing if 0 < missing <= 3 * x.shape[2] else 0

@@ -75,6 +75,7 @@ def test_zeros_appended_along_disparity(kind: str, appended: int, depths: int, m
         torch.testing.assert_close(ours, plain, atol=1e-11, rtol=0)
 
 
+@torch.no_grad()
 def test_which_volumes_get_zeros() -> None:
     """Small single ones of float32 on the CPU, with which oneDNN computes what PyTorch does."""
     least = 20480 // (16 * 20) + 1
@@ -88,6 +89,8 @@ def test_which_volumes_get_zeros() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layers._missing_disparities(small) == 0
     with layers.without_appended_zeros():
+        assert layers._missing_disparities(small) == 0
+    with torch.enable_grad():
         assert layers._missing_disparities(small) == 0
     for conv, run in ((nn.Conv3d(16, 8, 3, 2, 1), convolve), (nn.ConvTranspose3d(16, 8, 3, 2, 1, 1), upsample)):
         exact = copy.deepcopy(conv).double()(small.double())

@@ -222,6 +222,7 @@ def test_every_volume_is_convolved_by_onednn(size: tuple[int, int]) -> None:
     assert not [name for name in names if name.startswith(("aten::slow_conv3d", "aten::slow_conv_transpose3d"))]
 
 
+@torch.no_grad()
 def test_slabs_are_large_enough_for_onednn() -> None:
     """Nothing is appended to them, and little to the half resolution that they are computed from."""
     for shape in ((1, 32, 48, 136, 240), (1, 16, 48, 136, 240), (1, 16, 48, 200, 480), (1, 32, 48, 540, 960)):
