@@ -139,10 +139,8 @@ import mmap, os, sys
 import torch
 from fa_stereo import memory
 
-if sys.argv[1] == "late":
-    torch.zeros(1)
-assert memory.keep_freed_memory(whole=sys.argv[2] == "whole")
-assert os.environ.get("THP_MEM_ALLOC_ENABLE") == (sys.argv[3] or None)
+assert memory.keep_freed_memory(whole=sys.argv[1] == "whole")
+assert os.environ.get("THP_MEM_ALLOC_ENABLE") == (sys.argv[2] or None)
 torch.empty(1)
 offsets = (torch.empty(10**7 * n, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE for n in (1, 2, 5))
 print(memory.use_huge_pages(), *offsets)
@@ -150,26 +148,17 @@ print(memory.use_huge_pages(), *offsets)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
-@pytest.mark.parametrize(
-    ("blocks", "moment", "setting"),
-    [
-        ("slabs", "early", ""),
-        ("whole", "early", ""),
-        ("slabs", "late", ""),
-        ("slabs", "early", "0"),
-        ("slabs", "late", "1"),
-    ],
-)
-def test_large_tensors_are_in_huge_pages(blocks: str, moment: str, setting: str) -> None:
-    """If asked before the first tensor, not for training, and unless the user has set it otherwise."""
+@pytest.mark.parametrize(("blocks", "setting"), [("slabs", ""), ("whole", ""), ("slabs", "0")])
+def test_large_tensors_are_in_huge_pages(blocks: str, setting: str) -> None:
+    """For inference, not for training, and unless the user has set it otherwise."""
     name = "THP_MEM_ALLOC_ENABLE"
     environment = {key: value for key, value in os.environ.items() if key != name} | (
         {name: setting} if setting else {}
     )
-    command = [sys.executable, "-c", HUGE, moment, blocks, setting]
+    command = [sys.executable, "-c", HUGE, blocks, setting]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     used, *offsets = result.stdout.split()
-    if setting == "1" or (moment == "early" and blocks == "slabs" and setting != "0"):
+    if (blocks, setting) == ("slabs", ""):
         assert [used, *offsets] == ["True", "0", "0", "0"]
     else:
         assert used == "False"
