@@ -1,6 +1,7 @@
 """The convolution with batch norm that every part of PSMNet is made of.
 
-Convolution and norm are kept as named children, so that a fast path can fold one into the other.
+Convolution and norm are kept as named children, so that a fast path can fold one into the other. In prediction on a CPU
+volumes too small for PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ class DeconvNorm3d(nn.Module):
 
 
 def convolve(conv: nn.Conv3d, x: Tensor, padding: int = 1) -> Tensor:
-    """Convolve [B, C_in, D, H, W] with a 3x3x3 kernel: ``conv(x)``, with another padding along disparity if given."""
+    """Convolve [B, C_in, D, H, W] with a 3x3x3 kernel to [B, C_out, D', H', W']: ``conv(x)``, by oneDNN if it can be.
+
+    ``padding`` is the one along disparity, 1 or 0; the rest is the convolution's own.
+    """
     missing = _missing_disparities(x)
     if missing == 0 and padding == 1:
         out: Tensor = conv(x)
@@ -84,7 +88,7 @@ def convolve(conv: nn.Conv3d, x: Tensor, padding: int = 1) -> Tensor:
 
 
 def upsample(conv: nn.ConvTranspose3d, x: Tensor) -> Tensor:
-    """Double D, H and W of [B, C_in, D, H, W] by a transposed 3x3x3 kernel: ``conv(x)``."""
+    """Map [B, C_in, D, H, W] by a transposed 3x3x3 kernel to [B, C_out, 2D, 2H, 2W]: ``conv(x)``, by oneDNN too."""
     missing = _missing_disparities(x)
     if missing == 0:
         out: Tensor = conv(x)
