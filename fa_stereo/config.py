@@ -220,6 +220,8 @@ class RenderConfig:
         max_shapes: Most objects besides the background; log-uniform in between. A group counts as one.
         wide_range: Share of scenes whose nearest disparity is drawn evenly up to 130 px, or for a third of them from 60
             to 100 % of the maximum, instead of mostly small up to 80 px.
+        enclosed: Share of scenes that end at a wall of 15 to 70 % of the nearest disparity, as on a table or in a small
+            room, whatever was drawn before. 0 draws the same scenes as versions without this option.
         rooms: Probability that the back wall gets a ground, and perhaps side walls and a ceiling.
         slant: Strength of the slant of surfaces; 1 reaches 70 degrees. Rooms and boxes have their own.
         curvature: Strength of the curvature and ripple of surfaces.
@@ -235,6 +237,8 @@ class RenderConfig:
         repetition: Probability of a repetitive map: stripes, checkers, bricks, cloth.
         glyphs: Probability of a map with text-like marks.
         shading: Strength of illumination gradients over a shape.
+        shadows: Strength of soft shadows, by which light also varies to and fro over a shape. 0 draws the same scenes
+            as versions without this option.
         gloss: Probability of a glossy spot on a shape, which each view sees at another place.
         haze: Probability of haze, which takes contrast from what is far.
         grayscale: Probability that both pictures are grey, as of a monochrome camera.
@@ -260,6 +264,7 @@ class RenderConfig:
     min_shapes: int = 10
     max_shapes: int = 60
     wide_range: float = 0.4
+    enclosed: float = 0.0
     rooms: float = 0.55
     slant: float = 1.0
     curvature: float = 1.0
@@ -273,6 +278,7 @@ class RenderConfig:
     repetition: float = 0.2
     glyphs: float = 0.1
     shading: float = 1.0
+    shadows: float = 0.0
     gloss: float = 0.08
     haze: float = 0.15
     grayscale: float = 0.15
@@ -298,11 +304,12 @@ class RenderConfig:
                 f"rendered.max_shapes ({self.max_shapes}) must not be below rendered.min_shapes ({self.min_shapes})"
             )
         for name in ("difficulty", "thin", "groups", "holes", "weak_texture", "plain", "repetition", "glyphs",
-                     "gloss", "haze", "grayscale", "asymmetry_probability", "wide_range", "rooms",
+                     "gloss", "haze", "grayscale", "asymmetry_probability", "wide_range", "enclosed", "rooms",
                      "natural_texture"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"rendered.{name} must be from 0 to 1, got {getattr(self, name)}")
-        for name in ("slant", "curvature", "shading", "gain", "gamma", "tint", "noise", "blur", "vertical_shift"):
+        for name in ("slant", "curvature", "shading", "shadows", "gain", "gamma", "tint", "noise", "blur",
+                     "vertical_shift"):  # fmt: skip
             _check_positive(f"rendered.{name}", getattr(self, name), zero=True)
         if self.gain >= 1:
             raise InputError(f"rendered.gain must be below 1, got {self.gain}")

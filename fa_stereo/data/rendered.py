@@ -34,7 +34,7 @@ SAMPLE_OFFSETS = ((0.0, 0.0), (-0.125, -0.375), (0.375, -0.125), (0.125, 0.375),
 OCCLUSION_TOLERANCE = 0.02  # px; a surface must be nearer by this to hide another
 MAP_LEVELS = 7  # of the texture pyramids
 # What shading reads of every shape, and how many numbers each is (see ``Appearance``; slope is the surface's).
-SHADING_PARAMETERS = {"axes": 6, "offset": 2, "slope": 2, "light": 3, "highlight": 5, "color": 15}
+SHADING_PARAMETERS = {"axes": 6, "offset": 2, "slope": 2, "light": 3, "highlight": 5, "shadows": 8, "color": 15}
 SHADING_CHUNK = 32768  # samples shaded at once on a CPU: small enough for its caches
 
 
@@ -285,6 +285,7 @@ class _Painter:
         self.parameters = torch.from_numpy(
             np.stack([_parameters(shape.appearance, shape.surface.slope) for shape in scene.shapes], axis=-1)
         ).to(device)  # [P, K]
+        self.shadows = any(amplitude for shape in scene.shapes for amplitude in shape.appearance.shadows[::4])
         self.textures = torch.tensor([s.appearance.texture for s in scene.shapes], dtype=torch.int32, device=device)
         rows, starts, bits = [], [], []
         start = 0
@@ -344,6 +345,9 @@ class _Painter:
         texel = self._texel(self.textures.index_select(0, which), level, s + s_0, t + t_0) - 0.5  # [N, 4]
         light_1, light_u, light_v = p["light"]
         light = light_1 + light_u * u + light_v * v
+        for i in range(0, 8, 4) if self.shadows else ():
+            amplitude, along_u, along_v, phase = p["shadows"][i : i + 4]
+            light = light + amplitude * torch.sin(along_u * u + along_v * v + phase)
         light = light.clamp(0.4, 1.6)
         center_u, center_v, sharpness, brightness, shift = p["highlight"]
         spot_u = u - center_u - shift if right else u - center_u
@@ -392,6 +396,7 @@ def _parameters(look: Appearance, slope: tuple[float, float]) -> NDArray[np.floa
         "slope": slope,
         "light": look.light,
         "highlight": look.highlight,
+        "shadows": look.shadows,
         "color": np.concatenate([look.bias[:, None], look.color], axis=1),  # [3, 5]
     }
     return np.concatenate([np.ravel(parts[name]) for name in SHADING_PARAMETERS]).astype(np.float32)

@@ -395,6 +395,7 @@ class Appearance:
         light: The factor light . (1, u, v) by which illumination changes over the shape.
         highlight: (u, v, 1 / (2 sigma^2), strength, shift along u in the right view): a glossy spot, which each view
             sees at another place.
+        shadows: Two waves (amplitude, frequency along u, along v, phase), added to the light: soft shadows.
     """
 
     texture: int
@@ -404,6 +405,7 @@ class Appearance:
     bias: Points
     light: tuple[float, float, float]
     highlight: tuple[float, float, float, float, float]
+    shadows: tuple[float, ...] = 2 * (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -504,6 +506,8 @@ class _SceneBuilder:
         easy = min(40.0, 0.3 * largest)
         nearest = easy * (nearest / easy) ** self.difficulty if nearest > easy else nearest
         share = rng.choice([0.0, rng.uniform(0.0, 0.2), rng.uniform(0.1, 0.5), rng.uniform(0.3, 0.7)])
+        if self.config.enclosed and rng.random() < self.config.enclosed:
+            share = rng.uniform(0.15, 0.7)
         return nearest, nearest * share
 
     def _disparity(self) -> float:
@@ -900,6 +904,12 @@ class _SceneBuilder:
                 rng.uniform(0.1, 0.6),
                 rng.normal(0, 0.3) * surface.value,
             )
+        shadows: list[float] = []
+        for _ in range(2 if self.config.shadows else 0):
+            length = max(half) * rng.uniform(0.5, 3.0)
+            direction, phase = rng.uniform(0, 2 * np.pi, 2)
+            along_u, along_v = 2 * np.pi / length * math.cos(direction), 2 * np.pi / length * math.sin(direction)
+            shadows += [rng.normal(0, 0.1 * self.config.shadows), along_u, along_v, phase]
         if like is None:
             count = len(scene.maps)
             texture = int(rng.integers(min(2, count) if large and rng.random() < 0.8 else count))
@@ -914,6 +924,7 @@ class _SceneBuilder:
             bias * (1.0 if like is None else math.exp(rng.normal(0, 0.06))),
             (1 - light_u * middle[0] - light_v * middle[1], light_u, light_v),
             highlight,
+            tuple(shadows) or Appearance.shadows,
         )
 
     def _recolor(self) -> tuple[Points, Points]:

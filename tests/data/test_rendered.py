@@ -460,6 +460,24 @@ def test_plain_surfaces_show_next_to_no_texture() -> None:
     assert np.mean([np.mean(step <= 1) for step in steps]) > 0.95  # but for the object's border
 
 
+def test_soft_shadows_lie_on_the_surface() -> None:
+    look = dataclasses.replace(plain(0.5), shadows=(0.2, 0.05, 0.02, 1.0, -0.1, 0.01, 0.07, 2.0))
+    scene = Scene(64, 128, [Shape(Everywhere(), Surface(16.0), look)], [np.full((256, 256, 4), 128, np.uint8)])
+    views = render_scene(scene)
+    v, u = np.mgrid[:64, :128]
+    light = 1 + 0.2 * np.sin(0.05 * u + 0.02 * v + 1.0) - 0.1 * np.sin(0.01 * u + 0.07 * v + 2.0)
+    np.testing.assert_allclose(views.left[..., 0], 0.5 * light, atol=1e-5)
+    np.testing.assert_allclose(views.right[:, :-16], views.left[:, 16:], atol=1e-5)
+
+
+def test_enclosed_scenes_end_at_a_wall() -> None:
+    config = dataclasses.replace(SMALL, rooms=0.0, slant=0.0, curvature=0.0)
+    for seed in range(20):
+        drawn = [random_scene(dataclasses.replace(config, enclosed=e), np.random.default_rng(seed)) for e in (0.0, 1.0)]
+        assert drawn[1].shapes[0].surface.value > 0.1 * max(shape.surface.value for shape in drawn[1].shapes)
+        assert drawn[0].far_offset == drawn[1].far_offset  # the range is the same, but for its far end
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # configuration
 
@@ -473,6 +491,8 @@ def test_plain_surfaces_show_next_to_no_texture() -> None:
         ({"difficulty": 1.5}, "rendered.difficulty must be from 0 to 1"),
         ({"min_shapes": 5, "max_shapes": 4}, "max_shapes"),
         ({"noise": -0.1}, "rendered.noise"),
+        ({"shadows": -1.0}, "rendered.shadows"),
+        ({"enclosed": 1.1}, "rendered.enclosed must be from 0 to 1"),
         ({"gain": 1.0}, "rendered.gain"),
         ({"vertical_shift": 3.0}, "at most 2"),
     ],
@@ -492,6 +512,7 @@ def test_unusable_values_are_refused(values: dict[str, float], message: str) -> 
         {"slant": 3.0, "curvature": 4.0},
         {"weak_texture": 1.0},
         {"plain": 1.0},
+        {"shadows": 3.0, "enclosed": 1.0},
         {"weak_texture": 0.0, "repetition": 1.0},
         {"weak_texture": 0.0, "repetition": 0.0, "glyphs": 1.0},
         {"gloss": 1.0, "haze": 1.0},
