@@ -408,12 +408,14 @@ class DataConfig:
 
     Attributes:
         train: Training pairs.
+        also: More training pairs, of any kind: all sources together are one set, whose pairs come equally often.
         validation: Validation pairs; None, or files whose ``root`` is not given, skips validation.
         augmentation: Crop and random changes of training samples.
         workers: Loader processes per training process.
     """
 
     train: DatasetConfig = field(default_factory=DatasetConfig)
+    also: list[DatasetConfig] = field(default_factory=list)
     validation: DatasetConfig | None = None
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     workers: int = 4
@@ -749,9 +751,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     Examples:
         >>> flatten({"trainer": {"seed": 0, "epochs": 9}, "output_dir": "runs"})
         {'trainer.seed': 0, 'trainer.epochs': 9, 'output_dir': 'runs'}
+        >>> flatten({"also": [{"root": "mine"}, {"root": "theirs"}], "sets": ["monkaa"]})
+        {'also.0.root': 'mine', 'also.1.root': 'theirs', 'sets': ['monkaa']}
     """
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+            value = {str(i): part for i, part in enumerate(value)}
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
@@ -797,6 +803,8 @@ def from_plain(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
         inner = _dataclass_of(hints[key])
         if inner is not None and isinstance(value, dict):
             arguments[key] = from_plain(inner, value, where=full_key)
+        elif inner is not None and isinstance(value, list):
+            arguments[key] = [from_plain(inner, part, where=f"{full_key}.{i}") for i, part in enumerate(value)]
         else:
             arguments[key] = value
     try:
@@ -809,7 +817,8 @@ def from_plain(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
 
 
 def _dataclass_of(hint: Any) -> type[Any] | None:
-    candidates = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    several = isinstance(hint, types.UnionType) or typing.get_origin(hint) is list
+    candidates = typing.get_args(hint) if several else (hint,)
     for candidate in candidates:
         if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
             return candidate

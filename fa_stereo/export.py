@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fa_stereo.config import DataConfig, flatten_used, from_plain, to_plain
-from fa_stereo.data import open_dataset
+from fa_stereo.data import open_training_pairs
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.machine import available_cores
@@ -153,7 +153,8 @@ def export_weights(
         data = from_plain(DataConfig, state["config"]["data"], where=f"{checkpoint}: data")
         if data_root is not None:
             data.train.root = data_root
-        data.train.rendered.device = "auto"  # not that of the machine it was trained on
+        for part in (data.train, *data.also):
+            part.rendered.device = "auto"  # not that of the machine it was trained on
         batches = training_batches(data, state["config"]["trainer"]["seed"], batch_norm_pairs, batch_size, workers)
         record["batch_norm_pairs"] = reestimate_batch_norm(
             model, ((left.to(device), right.to(device)) for left, right in batches)
@@ -211,7 +212,7 @@ def training_batches(
     Raises:
         InputError: A pair cannot be read.
     """
-    stream = TrainingStream(open_dataset(data.train), TrainingTransform(data.augmentation), seed)
+    stream = TrainingStream(open_training_pairs(data), TrainingTransform(data.augmentation), seed)
     sampler = StepSampler(0, -(-pairs // batch_size), batch_size)
     loader = make_loader(stream, sampler, min(workers, available_cores()), pin_memory=False)
     for batch in tqdm(loader, desc="batch norm", unit="batch", disable=None, leave=False):

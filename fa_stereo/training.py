@@ -39,6 +39,7 @@ from fa_stereo import distributed
 from fa_stereo.attention.masks import record_inputs
 from fa_stereo.compilation import compile_network, uncompiled
 from fa_stereo.config import (
+    DataConfig,
     DatasetConfig,
     OptimizerConfig,
     ProtocolConfig,
@@ -47,7 +48,7 @@ from fa_stereo.config import (
     flatten_used,
     to_plain,
 )
-from fa_stereo.data import open_dataset
+from fa_stereo.data import open_dataset, open_training_pairs
 from fa_stereo.data.rendered import read_settings
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
@@ -127,9 +128,9 @@ class Trainer:
         _check_data(config)
         _check_precision(config, self.device)
         self.stream = TrainingStream(
-            open_dataset(config.data.train), TrainingTransform(config.data.augmentation), self.settings.seed
+            open_training_pairs(config.data), TrainingTransform(config.data.augmentation), self.settings.seed
         )
-        self.rendered_pairs = _how_rendered(config.data.train)
+        self.rendered_pairs = _how_rendered(config.data)
         self.validation_pairs = _open_validation(config.data.validation)
         if self.validation_pairs is None:
             self._tell("no validation: data.validation is not given")
@@ -727,8 +728,12 @@ def _split_batch(batch: Batch, size: int | None) -> list[Batch]:
 
 
 def _check_data(config: TrainConfig) -> None:
-    if config.data.train.kind != "rendered" and config.data.train.root is None:
-        raise InputError("data.train.root must be given: the folder of the pairs, laid out as data/README.md says")
+    sources = {"train": config.data.train} | {f"also.{i}": part for i, part in enumerate(config.data.also)}
+    for name, source in sources.items():
+        if source.kind != "rendered" and source.root is None:
+            raise InputError(
+                f"data.{name}.root must be given: the folder of the pairs, laid out as data/README.md says"
+            )
     for name in ("crop_height", "crop_width"):
         value = getattr(config.data.augmentation, name)
         if value % SIZE_MULTIPLE:
@@ -752,11 +757,13 @@ def _check_precision(config: TrainConfig, device: torch.device) -> None:
         )
 
 
-def _how_rendered(config: DatasetConfig) -> dict[str, Any] | None:
-    """Return the settings that lie beside rendered pairs on disk."""
-    if config.kind != "scene_flow" or config.root is None:
-        return None
-    return read_settings(Path(config.root), config.split)
+def _how_rendered(config: DataConfig) -> dict[str, Any] | list[dict[str, Any] | None] | None:
+    """Return the settings that lie beside rendered pairs on disk; with ``also``, those of every source."""
+    settings = [
+        read_settings(Path(source.root), source.split) if source.kind == "scene_flow" and source.root else None
+        for source in (config.train, *config.also)
+    ]
+    return settings if config.also else settings[0]
 
 
 def _open_validation(config: DatasetConfig | None) -> Dataset[StereoSample] | None:

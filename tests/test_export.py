@@ -12,6 +12,7 @@ from training_runs import tiny_config, write_pairs
 
 from fa_stereo.cli.main import main
 from fa_stereo.config import DataConfig, ModelConfig, from_plain
+from fa_stereo.data import open_training_pairs
 from fa_stereo.errors import InputError
 from fa_stereo.export import export_weights, find_record, samples_seen, training_batches, without_paths
 from fa_stereo.models.batch_norm import reestimate_batch_norm
@@ -132,6 +133,29 @@ def test_how_pairs_on_disk_were_rendered_is_on_record(tmp_path: Path) -> None:
         Trainer(config)
     rendered_on_the_fly = {"data": {"train": {"kind": "rendered", "rendered": {"seed": 3}, "scene_flow": {"sets": []}}}}
     assert without_paths(rendered_on_the_fly) == {"data.train.kind": "rendered", "data.train.rendered.seed": 3}
+
+
+def test_a_run_trains_on_several_sources(pairs: Path, tmp_path: Path) -> None:
+    rendered = tmp_path / "rendered"
+    assert main(["render", str(rendered), "--samples", "3", "--height", "32", "--width", "64", "--max-disparity",
+                 "16"]) == 0  # fmt: skip
+    also = [
+        {"kind": "scene_flow", "root": str(rendered), "scene_flow": {"sets": ["flyingthings3d"]}},
+        {"kind": "rendered", "rendered": {"height": 32, "width": 64, "samples": 2, "seed": 9, "max_disparity": 16}},
+    ]
+    config = tiny_config(pairs, tmp_path / "run", data__also=also, trainer__max_steps=3)
+    trainer = Trainer(config)
+    names = [sample.name for sample in open_training_pairs(config.data)]
+    assert len(names) == trainer.stream.samples == 6 + 3 + 2
+    assert names[-2:] == ["rendered/9/000000", "rendered/9/000001"]
+    trainer.run()  # 12 samples: each pair at least once
+    record = export_weights(tmp_path / "run", tmp_path / "w.safetensors", batch_norm_pairs=11)
+    assert record["training_pairs"] == 11
+    assert [settings and settings["height"] for settings in record["rendered_pairs"]] == [None, 32, None]
+    assert record["training"]["data.also.1.rendered.seed"] == 9
+    assert not [key for key in record["training"] if key.endswith("root") or key.startswith("data.also.0.rendered")]
+    with pytest.raises(InputError, match=r"data\.also\.0: .*nowhere: no such folder"):
+        Trainer(tiny_config(pairs, tmp_path / "run", data__also=[{"kind": "pairs", "root": str(tmp_path / "nowhere")}]))
 
 
 def test_samples_seen_in_all() -> None:

@@ -150,7 +150,10 @@ def _explain(error: Exception, schema: type[Any]) -> str:
     full_key = next((key for key in (getattr(cause, "full_key", None) for cause in causes) if key), None)
     refused = re.search(r"Could not override '([^']+)'", message)
     if refused or any(isinstance(cause, (ConfigKeyError, ConfigAttributeError)) for cause in causes):
-        return _explain_unknown_key(refused[1] if refused else str(full_key), schema)
+        key = refused[1] if refused else str(full_key)
+        if key not in _keys(dataclasses.asdict(schema())):
+            return _explain_unknown_key(key, schema)
+        return f"{key}: {_first_line(causes[-1])}"  # of something in a list
     missing = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*?)\s*(Config search|$)",
                         message, re.DOTALL)  # fmt: skip
     if missing:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils.data import ConcatDataset, Dataset
 
-from fa_stereo.config import DatasetConfig
+from fa_stereo.config import DataConfig, DatasetConfig
 from fa_stereo.data.eth3d import Eth3d
 from fa_stereo.data.kitti import Kitti
 from fa_stereo.data.middlebury import Middlebury2006, Middlebury2014, MiddleburyV2
@@ -28,6 +28,21 @@ def open_dataset(config: DatasetConfig) -> Dataset[StereoSample]:
     if config.limit is not None:
         return LimitedDataset(dataset, config.limit)
     return dataset
+
+
+def open_training_pairs(config: DataConfig) -> Dataset[StereoSample]:
+    """Return all pairs that a configuration trains on: those of ``train``, then those of every part of ``also``.
+
+    Raises:
+        InputError: As for ``open_dataset``, with the part's place.
+    """
+    parts = [open_dataset(config.train)]
+    for i, part in enumerate(config.also):
+        try:
+            parts.append(open_dataset(part))
+        except InputError as error:
+            raise InputError(f"data.also.{i}: {error}") from error
+    return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 
 class LimitedDataset(Dataset[StereoSample]):

@@ -28,9 +28,11 @@ def process_options(dataset: Dataset[Any], workers: int) -> dict[str, Any]:
 
 
 def renders_on_gpu(dataset: Dataset[Any]) -> bool:
-    """Return whether a data set, or the one that it is a part or a view of, renders its pairs on a GPU."""
-    inner = getattr(dataset, "dataset", None)
-    return getattr(dataset, "device", "cpu") == "cuda" or (isinstance(inner, Dataset) and renders_on_gpu(inner))
+    """Return whether a data set, or one that it is made of, renders its pairs on a GPU."""
+    inner = [getattr(dataset, "dataset", None), *getattr(dataset, "datasets", [])]
+    return getattr(dataset, "device", "cpu") == "cuda" or any(
+        isinstance(part, Dataset) and renders_on_gpu(part) for part in inner
+    )
 
 
 def _prepare(worker: int) -> None:

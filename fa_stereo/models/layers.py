@@ -132,8 +132,8 @@ def initialize_like_psmnet(module: nn.Module) -> None:
     """Initialise one module as PSMNet does; meant for ``Module.apply``.
 
     Conv2d and Conv3d: N(0, sqrt(2 / (k C_out))) with k the kernel's volume. Batch norm: weight 1, bias 0.
-    ConvTranspose3d keeps PyTorch's default. A tensor without memory (device ``meta``) is left alone: to draw numbers for
-    it PyTorch would load its compiler, 100 MB.
+    ConvTranspose3d keeps PyTorch's default. A tensor without memory (device ``meta``) is left alone: to draw numbers
+    for it PyTorch would load its compiler, which takes a second and 100 MB.
     """
     if isinstance(module, (nn.Conv2d, nn.Conv3d)) and not module.weight.is_meta:
         fan_out = math.prod(module.kernel_size) * module.out_channels

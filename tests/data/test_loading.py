@@ -7,7 +7,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from fa_stereo.config import AugmentationConfig, DatasetConfig
 from fa_stereo.data.datasets import LimitedDataset, open_dataset
@@ -32,7 +32,7 @@ class OnGpu(Dataset[StereoSample]):
         return StereoSample(f"{started} {index}", picture, picture, np.ones((16, 16), np.float32))
 
 
-@pytest.mark.parametrize("dataset", [OnGpu(), LimitedDataset(OnGpu(), 1)])
+@pytest.mark.parametrize("dataset", [OnGpu(), LimitedDataset(OnGpu(), 1), ConcatDataset([[], OnGpu()])])
 def test_what_renders_on_a_gpu_is_loaded_by_spawned_processes(dataset: Dataset[StereoSample]) -> None:
     stream = TrainingStream(dataset, TrainingTransform(AugmentationConfig()), seed=0)
     for view in (dataset, stream):
