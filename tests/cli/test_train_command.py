@@ -154,7 +154,7 @@ def test_peoples_own_experiments(pairs: Path, tmp_path: Path, capsys: pytest.Cap
         (["data.validation=null", "data.validation.kind=pairs"], "is null"),
         (["--config-dir", "/no/such/folder"], "/no/such/folder"),
         (["data=scene_flow"], "data.train.root must be given"),
-        (["data.also=[{kind: pairs}]"], "data.also.0.root must be given"),
+        (["data=rendered", "data.also=[{kind: pairs}]"], "data.also.0.root must be given"),
         (["data.also=[{kind: pears}]"], "data.also.0.kind must be one of scene_flow, rendered, "),
         (["data.also=[{knd: pairs}]"], "data.also: key 'knd' not in 'DatasetConfig'"),
         (["data=pairs", "data.train.root=/no/such/folder"], "/no/such/folder"),
