@@ -124,7 +124,8 @@ def convolve_cost_volume(
     assemble: Kernel = _Assemble.apply
     if full.is_cuda and full.dtype != torch.float64 and not (bias is not None and _needs_gradient(bias)):
         assemble = _triton_assemble(full.device, full.dtype) or assemble
-    return assemble(full, edge, sheared, last, bias, disparities)
+    volume: Tensor = assemble(full, edge, sheared, last, bias, disparities)
+    return volume
 
 
 def _needs_gradient(x: Tensor) -> bool:

@@ -120,6 +120,13 @@ def regress_modal_disparity(
         logits = _at_least_float32(logits)
         if logits.requires_grad and torch.is_grad_enabled():
             return regress_modal_disparity_reference(logits, *arguments, align_corners=align_corners)
+        kernel = _triton_modal_regression(logits.device) if logits.is_cuda and logits.dtype == torch.float32 else None
+        if kernel is not None:
+            sizes = zip(logits.shape[1:], arguments, strict=True)
+            modal: tuple[Tensor, Tensor] = kernel(
+                logits, *(interpolation_matrix(*size, logits, align_corners=align_corners) for size in sizes)
+            )
+            return modal
         bands = _Bands(logits, *arguments, align_corners)
         disparity, confidence = (logits.new_empty(logits.shape[0], height, width) for _ in range(2))
         for sample, rows in bands.positions():
@@ -170,6 +177,22 @@ def _triton_regression(device: torch.device) -> Kernel | None:
         return apply
 
     return checked_kernel(load, "disparity regression")
+
+
+@cache
+def _triton_modal_regression(device: torch.device) -> Kernel | None:
+    """Return the fused kernel of the modal regression likewise."""
+
+    def load() -> Kernel:
+        from fa_stereo.models.regression_triton import regress_modal
+
+        matrix = torch.tensor([[1.0], [1.0]], device=device)
+        disparity, confidence = regress_modal(torch.zeros(1, 1, 1, 1, device=device), matrix, matrix, matrix)
+        if not ((disparity - 0.5).abs().amax() < 1e-6 and (confidence == 1).all()):
+            raise RuntimeError(f"the mean of 0 and 1 came out as {disparity.flatten()[0]:g}")
+        return regress_modal
+
+    return checked_kernel(load, "modal disparity regression")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 The forward kernel walks along disparity at every pixel with a running maximum (online softmax); the disparities between
 two coarse ones share the eight neighbouring scores that they are interpolated from. The backward kernel computes the
 probabilities again from the stored log-sum-exp; each of its programs gathers what belongs to one coarse row and a block
-of columns, so that no two write to the same place and the result does not depend on their order. Importing this file
-needs Triton; ``regression`` uses it where it works.
+of columns, so that no two write to the same place and the result does not depend on their order. The modal regression
+has a forward kernel alone, as it is for prediction: it finds the largest score, then walks once more with the last
+three groups of four disparities at hand. Importing this file needs Triton; ``regression`` uses it where it works.
 """
 
 from __future__ import annotations
@@ -59,6 +60,23 @@ class TritonRegression(torch.autograd.Function):
             )  # fmt: skip
         with torch.autocast(logits.device.type, enabled=False):
             return grad_columns @ column_matrix, None, None, None  # [B, D/4, H/4, W] -> [B, D/4, H/4, W/4]
+
+
+def regress_modal(
+    logits: Tensor, depth_matrix: Tensor, row_matrix: Tensor, column_matrix: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return disparity and confidence [B, H, W] of ``regress_modal_disparity``; arguments as above, no gradient."""
+    logits = logits.contiguous()
+    batch, depths, rows, columns = logits.shape
+    disparities, height, width = depth_matrix.shape[0], row_matrix.shape[0], column_matrix.shape[0]
+    disparity, confidence = (logits.new_empty(batch, height, width) for _ in range(2))
+    grid = (triton.cdiv(width, _BLOCK_COLUMNS), height, batch)
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
+        _regress_modal[grid](
+            logits, disparity, confidence, *_groups(depth_matrix), *_taps(row_matrix), *_taps(column_matrix),
+            depths, rows, columns, height, width, disparities, max(3, (disparities + 5) // 4), BLOCK=_BLOCK_COLUMNS,
+        )  # fmt: skip
+    return disparity, confidence
 
 
 def _taps(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +155,82 @@ def _regress(  # type: ignore[no-untyped-def]
     out = (sample * height + y) * width + x
     tl.store(disparity + out, moment / total, mask=mask)
     tl.store(log_sum + out, largest + tl.log(total), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_window(  # type: ignore[no-untyped-def]
+    mass0, mass1, mass2, moment0, moment1, moment2, middle, weights, weighted, greatest
+):  # fmt: skip
+    """Add a window of three groups, weighted by the 8th power of its mass; moments are about the groups' middles."""
+    window = mass0 + mass1 + mass2
+    moment = moment0 + moment1 + moment2 + 4.0 * (mass2 - mass0) + middle * window
+    cube = window * window * window
+    power = cube * cube * window
+    return weights + power * window, weighted + power * moment, tl.maximum(greatest, window)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _regress_modal(  # type: ignore[no-untyped-def]
+    logits, disparity, confidence,
+    depth_begin, depth_weight, row_first, row_weight, column_first, column_weight,
+    depths, rows, columns, height, width, disparities, groups, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write disparity and confidence of a block of columns of one row of one sample."""
+    x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)
+    mask = x < width
+    x0 = tl.load(column_first + x, mask=mask, other=0)
+    wx = tl.load(column_weight + x, mask=mask, other=0.0)
+    x1 = tl.minimum(x0 + 1, columns - 1)
+    y0 = tl.load(row_first + y)
+    wy = tl.load(row_weight + y)
+    y1 = tl.minimum(y0 + 1, rows - 1)
+    plane_stride = rows * columns
+    plane = logits + sample * depths * plane_stride
+
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    near = _column(plane, 0, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+    for index in range(depths):
+        following = tl.minimum(index + 1, depths - 1)
+        far = _column(plane, following, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+        for d in range(tl.load(depth_begin + index), tl.load(depth_begin + index + 1)):
+            largest = tl.maximum(largest, near + tl.load(depth_weight + d) * (far - near))
+        near = far
+
+    # Group g is the disparities 4 g - 2 to 4 g + 1: the one being summed (2), and the two before it.
+    total = tl.zeros([BLOCK], tl.float32)
+    mass0, mass1, mass2 = total, total, total
+    moment0, moment1, moment2 = total, total, total
+    weights, weighted, greatest = total, total, total
+    near = _column(plane, 0, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+    for index in range(depths):
+        following = tl.minimum(index + 1, depths - 1)
+        far = _column(plane, following, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
+        for d in range(tl.load(depth_begin + index), tl.load(depth_begin + index + 1)):
+            place = (d + 2) % 4
+            if place == 0:
+                if d >= 10:
+                    weights, weighted, greatest = _add_window(
+                        mass0, mass1, mass2, moment0, moment1, moment2, d - 6.5, weights, weighted, greatest
+                    )
+                mass0, mass1, mass2 = mass1, mass2, tl.zeros([BLOCK], tl.float32)
+                moment0, moment1, moment2 = moment1, moment2, tl.zeros([BLOCK], tl.float32)
+            exponential = tl.exp(near + tl.load(depth_weight + d) * (far - near) - largest)
+            total += exponential
+            mass2 += exponential
+            moment2 += exponential * (place - 1.5)
+        near = far
+    for group in range((disparities + 1) // 4, groups):  # the last of all, and empty ones where there are not three
+        if group >= 2:
+            weights, weighted, greatest = _add_window(
+                mass0, mass1, mass2, moment0, moment1, moment2, 4 * group - 4.5, weights, weighted, greatest
+            )
+        mass0, mass1, mass2 = mass1, mass2, tl.zeros([BLOCK], tl.float32)
+        moment0, moment1, moment2 = moment1, moment2, tl.zeros([BLOCK], tl.float32)
+    out = (sample * height + y) * width + x
+    tl.store(disparity + out, weighted / weights, mask=mask)
+    tl.store(confidence + out, tl.minimum(greatest / total, 1.0), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

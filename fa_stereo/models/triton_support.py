@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[..., Any]
 
 
 def checked_kernel(load: Callable[[], Kernel], what: str) -> Kernel | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fa_stereo.models import cost_volume
 from fa_stereo.models.cost_volume import _triton_assemble, convolve_cost_volume, convolve_cost_volume_reference
-from tests.gpu import needs_gpu
+from tests.gpu import compile_kernel, needs_gpu
 
 CHECK = """
 import torch
@@ -87,6 +87,23 @@ def test_kernels_in_the_interpreter(check: str) -> None:
     command = [sys.executable, "-c", check, "cpu"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.stdout.strip() == "equal", run.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["*fp32", "*bf16", "*fp16"])
+@pytest.mark.parametrize(
+    "name", ["_assemble", "_full_backward", "_edge_backward", "_sheared_backward", "_last_backward"]
+)
+def test_kernels_compile_for_gpus(name: str, dtype: str, capability: int) -> None:
+    pytest.importorskip("triton")
+    from fa_stereo.models import cost_volume_triton
+
+    kernel = getattr(cost_volume_triton, name)
+    tensors = {"out", "full", "edge", "sheared", "last", "bias", "result", "grad"} & set(kernel.arg_names)
+    biases: list[dict[str, bool]] = [{"HAS_BIAS": True}, {"HAS_BIAS": False}] if name == "_assemble" else [{}]
+    for bias in biases:
+        options = {"BLOCK": cost_volume_triton._BLOCK_COLUMNS, "CHANNELS": 32} | bias
+        assert f".entry {name}" in compile_kernel(kernel, capability, dict.fromkeys(tensors, dtype), **options)
 
 
 @needs_gpu

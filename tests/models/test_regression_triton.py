@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from fa_stereo.models import regression
-from fa_stereo.models.regression import _triton_regression, regress_disparity, regress_disparity_reference
-from tests.gpu import needs_gpu
+from fa_stereo.models.regression import (
+    _triton_modal_regression,
+    _triton_regression,
+    regress_disparity,
+    regress_disparity_reference,
+    regress_modal_disparity,
+    regress_modal_disparity_reference,
+)
+from tests.gpu import compile_kernel, needs_gpu
 
 CHECK = """
 import torch
@@ -36,12 +43,52 @@ for align_corners in (True, False):
 print("equal")
 """
 
+MODAL_CHECK = """
+import torch
+from fa_stereo.models.regression import interpolation_matrix, regress_modal_disparity_reference
+from fa_stereo.models.regression_triton import regress_modal
 
-def test_kernels_in_the_interpreter() -> None:
+torch.manual_seed(0)
+for align_corners in (True, False):
+    for size in [(2, 3, 2, 4, 8, 16, 12), (1, 5, 3, 4, 10, 17, 23), (1, 12, 1, 33, 3, 130, 48), (1, 1, 1, 1, 3, 2, 4)]:
+        batch, depths, rows, columns, height, width, disparities = size
+        logits = (5 * torch.randn(batch, columns, depths, rows)).permute(0, 2, 3, 1)
+        if depths == 12:
+            logits *= 40  # far from what float32 can take to the 8th power
+        sizes = zip(logits.shape[1:], (disparities, height, width))
+        matrices = [interpolation_matrix(*size, logits, align_corners=align_corners) for size in sizes]
+        results = regress_modal(logits, *matrices)
+        expected = regress_modal_disparity_reference(
+            logits.double(), disparities, height, width, align_corners=align_corners
+        )
+        for result, exact in zip(results, expected):
+            torch.testing.assert_close(result.double(), exact, atol=2e-3 if depths == 12 else 1e-4, rtol=0)
+print("equal")
+"""
+
+POINTERS = dict.fromkeys(
+    ("logits", "disparity", "log_sum", "confidence", "grad", "grad_columns", "depth_weight", "row_weight",
+     "column_weight"), "*fp32",
+) | dict.fromkeys(("depth_begin", "row_first", "column_first", "row_begin", "row_end"), "*i32")  # fmt: skip
+
+
+@pytest.mark.parametrize("check", [CHECK, MODAL_CHECK], ids=["expectation", "modal"])
+def test_kernels_in_the_interpreter(check: str) -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env=environment, check=False)
     assert run.stdout.strip() == "equal", run.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["_regress", "_regress_backward", "_regress_modal"])
+def test_kernels_compile_for_gpus(name: str, capability: int) -> None:
+    pytest.importorskip("triton")
+    from fa_stereo.models import regression_triton
+
+    kernel = getattr(regression_triton, name)
+    types = {key: value for key, value in POINTERS.items() if key in kernel.arg_names}
+    assert f".entry {name}" in compile_kernel(kernel, capability, types, BLOCK=regression_triton._BLOCK_COLUMNS)
 
 
 @needs_gpu
@@ -64,20 +111,37 @@ def test_kernels_on_the_gpu(align_corners: bool) -> None:
     assert torch.equal(gradient, again)
 
 
+@needs_gpu
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_the_modal_kernel_on_the_gpu(align_corners: bool) -> None:
+    pytest.importorskip("triton")
+    assert _triton_modal_regression(torch.device("cuda", 0)) is not None
+    logits = 5 * torch.randn(2, 48, 34, 60, device="cuda")
+    results = regress_modal_disparity(logits, 192, 136, 240, align_corners=align_corners)
+    expected = regress_modal_disparity_reference(logits.double(), 192, 136, 240, align_corners=align_corners)
+    for result, exact, tolerance in zip(results, expected, (1e-2, 1e-5), strict=True):
+        torch.testing.assert_close(result.double(), exact, atol=tolerance, rtol=0)
+
+
 def test_the_cpu_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(device: torch.device) -> None:
         raise AssertionError(f"asked for a kernel on {device}")
 
     monkeypatch.setattr(regression, "_triton_regression", refuse)
+    monkeypatch.setattr(regression, "_triton_modal_regression", refuse)
     logits = torch.randn(1, 4, 4, 4)
     expected = regress_disparity_reference(logits, 16, 16, 16, align_corners=False)
     torch.testing.assert_close(regress_disparity(logits, 16, 16, 16, align_corners=False), expected, atol=1e-4, rtol=0)
+    modal = regress_modal_disparity(logits, 16, 16, 16, align_corners=False)
+    expected_modal = regress_modal_disparity_reference(logits, 16, 16, 16, align_corners=False)
+    torch.testing.assert_close(modal, expected_modal, atol=1e-4, rtol=0)
 
 
 def test_a_triton_that_does_not_work_is_reported_once_and_done_without(recwarn: pytest.WarningsRecorder) -> None:
     pytest.importorskip("triton")
-    _triton_regression.cache_clear()
-    for _ in range(2):
-        assert _triton_regression(torch.device("cpu")) is None  # kernels do not run there
-    _triton_regression.cache_clear()
-    assert [str(w.message)[:20] for w in recwarn if "Triton" in str(w.message)] == ["Triton does not work"]
+    for kernel in (_triton_regression, _triton_modal_regression):
+        kernel.cache_clear()
+        for _ in range(2):
+            assert kernel(torch.device("cpu")) is None  # kernels do not run there
+        kernel.cache_clear()
+    assert [str(w.message)[:20] for w in recwarn if "Triton" in str(w.message)] == 2 * ["Triton does not work"]
