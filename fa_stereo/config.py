@@ -221,7 +221,7 @@ class RenderConfig:
         wide_range: Share of scenes whose nearest disparity is drawn evenly up to 130 px, or for a third of them from 60
             to 100 % of the maximum, instead of mostly small up to 80 px.
         enclosed: Share of scenes that end at a wall of 15 to 70 % of the nearest disparity, as on a table or in a small
-            room, whatever was drawn before. 0 draws the same scenes as versions without this option.
+            room; the others may reach far. 0 draws the same scenes as versions without this option.
         rooms: Probability that the back wall gets a ground, and perhaps side walls and a ceiling.
         slant: Strength of the slant of surfaces; 1 reaches 70 degrees. Rooms and boxes have their own.
         curvature: Strength of the curvature and ripple of surfaces.
@@ -237,8 +237,8 @@ class RenderConfig:
         repetition: Probability of a repetitive map: stripes, checkers, bricks, cloth.
         glyphs: Probability of a map with text-like marks.
         shading: Strength of illumination gradients over a shape.
-        shadows: Strength of soft shadows, by which light also varies to and fro over a shape. 0 draws the same scenes
-            as versions without this option.
+        shadows: Strength of soft shadows: light that also varies to and fro over a shape. 0 draws the same scenes as
+            versions without this option.
         gloss: Probability of a glossy spot on a shape, which each view sees at another place.
         haze: Probability of haze, which takes contrast from what is far.
         grayscale: Probability that both pictures are grey, as of a monochrome camera.
@@ -801,10 +801,12 @@ def from_plain(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
         if key not in known:
             raise InputError(f"unknown configuration key {full_key!r}; known here: {', '.join(sorted(known))}")
         inner = _dataclass_of(hints[key])
-        if inner is not None and isinstance(value, dict):
-            arguments[key] = from_plain(inner, value, where=full_key)
-        elif inner is not None and isinstance(value, list):
+        if inner is not None and typing.get_origin(hints[key]) is list:
+            if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+                raise InputError(f"{full_key} must be a list of groups of keys, as [{{kind: pairs, root: FOLDER}}]")
             arguments[key] = [from_plain(inner, part, where=f"{full_key}.{i}") for i, part in enumerate(value)]
+        elif inner is not None and isinstance(value, dict):
+            arguments[key] = from_plain(inner, value, where=full_key)
         else:
             arguments[key] = value
     try:

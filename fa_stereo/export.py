@@ -40,7 +40,8 @@ def training_record(state: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Optimizer ``steps``, ``samples_seen`` and ``epochs``; ``samples_seen_in_all``, those of the weights it started
         from included; the number of ``training_pairs`` and, of pairs that ``fa-stereo render`` wrote, how they were
-        rendered (``rendered_pairs``); ``precision``; whether the weights are ``averaged``; ``hours`` and ``machines``;
+        rendered (``rendered_pairs``; with ``data.also`` a list, None where a source is another); ``precision``; whether
+        the weights are ``averaged``; ``hours`` and ``machines``;
         the last ``validation`` and all of them (``validation_curve``: step, EPE in px, bad-1 and bad-3 in %); every
         setting used by its full key (``training``); and the same of the weights it ``started_from``. What is not known
         is None; folders are left out.
@@ -122,7 +123,7 @@ def export_weights(
         batch_norm_pairs: Estimate batch norm's statistics anew over so many samples of the run's own training data,
             cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training.
         batch_size: Samples of a batch for that.
-        data_root: Where the run's training data is now; None is where it was.
+        data_root: Where the run's training data is now; None is where it was. For runs with one source of files.
         device: Where to do that.
         workers: Loader processes for that.
         notes: What else the record should say, or say otherwise.
@@ -152,6 +153,10 @@ def export_weights(
     if batch_norm_pairs:
         data = from_plain(DataConfig, state["config"]["data"], where=f"{checkpoint}: data")
         if data_root is not None:
+            if any(part.root for part in data.also):
+                raise InputError(
+                    f"--data-root {data_root}: the run had several sources (data.also): put them back where they were"
+                )
             data.train.root = data_root
         for part in (data.train, *data.also):
             part.rendered.device = "auto"  # not that of the machine it was trained on

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from fa_stereo.config import AttentionConfig, ModelConfig, RenderConfig, TrainConfig, flatten, to_plain
+from fa_stereo.config import AttentionConfig, DatasetConfig, ModelConfig, RenderConfig, TrainConfig, flatten, to_plain
 from fa_stereo.errors import InputError
 from fa_stereo.history import FILE_NAME, read_history
 from fa_stereo.models.checkpoint import load_model, read_record
@@ -175,6 +175,8 @@ def _read_run(folder: Path) -> Run | None:
     settings = {key: value for key, value in training.items() if not key.startswith("model.attention")}
     settings = {key: value for key, value in settings.items() if key not in _IRRELEVANT}
     settings |= {f"model.{key}": value for key, value in attention_settings(model).items()}
+    settings = {key: value for key, value in settings.items() if not key.startswith("data.also")}
+    settings["data.also"] = _describe_also(training)
     start = json.dumps(record.get("started_from"), sort_keys=True)  # the record of the weights given as init_from
     settings["started_from"] = "fresh weights" if start == "null" else hashlib.sha256(start.encode()).hexdigest()[:8]
     return Run(folder, training["trainer.seed"], model, settings, history)
@@ -189,6 +191,22 @@ def _with_later_settings(training: dict[str, Any]) -> dict[str, Any]:
         if section.endswith(".rendered"):
             defaults |= {f"{section}.{key}": value for key, value in rendered.items()}
     return {key: value for key, value in defaults.items() if key.rpartition(".")[0] in sections} | training
+
+
+def _describe_also(training: dict[str, Any]) -> str:
+    """Return the sources of ``data.also``, each as its kind and what is not as by default."""
+    parts: dict[int, dict[str, Any]] = {}
+    for key, value in training.items():
+        if key.startswith("data.also."):
+            number, _, name = key.removeprefix("data.also.").partition(".")
+            parts.setdefault(int(number), {})[name] = value
+    defaults = flatten(to_plain(DatasetConfig()))
+    texts = []
+    for _, part in sorted(parts.items()):
+        kind = part.pop("kind")
+        special = {name.removeprefix(f"{kind}."): x for name, x in part.items() if x != defaults[name]}
+        texts.append(f"{kind}({', '.join(f'{name}={x}' for name, x in special.items())})" if special else kind)
+    return " + ".join(texts) or "none"
 
 
 def attention_settings(model: ModelConfig) -> dict[str, Any]:

@@ -604,12 +604,15 @@ class Trainer:
                 )
         if state["samples"] != self.stream.samples:
             raise InputError(
-                f"data.train has {self.stream.samples} pairs, but had {state['samples']} in the run to resume "
+                f"there are {self.stream.samples} training pairs, but were {state['samples']} in the run to resume "
                 f"({path}): restore the data, or start anew with init_from and another output_dir"
             )
         for key in changed:
             if key not in ("output_dir", "trainer.resume", "trainer.init_from"):
                 self._tell("resuming with %s = %s (it was %s)", key, now[key], before[key])
+        sources = [{key.split(".")[2] for key in flat if key.startswith("data.also.")} for flat in (now, before)]
+        if sources[0] != sources[1]:
+            self._tell("resuming with %d sources in data.also (there were %d)", *map(len, sources))
 
     def _export(self) -> None:
         """Write the weights for use: the averaged ones, if they are on."""
@@ -758,12 +761,12 @@ def _check_precision(config: TrainConfig, device: torch.device) -> None:
 
 
 def _how_rendered(config: DataConfig) -> dict[str, Any] | list[dict[str, Any] | None] | None:
-    """Return the settings that lie beside rendered pairs on disk; with ``also``, those of every source."""
+    """Return the settings that lie beside rendered pairs on disk; with ``also``, those of every source, or None."""
     settings = [
         read_settings(Path(source.root), source.split) if source.kind == "scene_flow" and source.root else None
         for source in (config.train, *config.also)
     ]
-    return settings if config.also else settings[0]
+    return settings if config.also and any(settings) else settings[0]
 
 
 def _open_validation(config: DatasetConfig | None) -> Dataset[StereoSample] | None:

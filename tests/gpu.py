@@ -1,4 +1,4 @@
-"""Tests that need a GPU (``python -m pytest -m gpu`` runs these alone), and kernels compiled for one not there."""
+"""Tests that need a GPU (``python -m pytest -m gpu`` runs these alone), and Triton kernels compiled without a GPU."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fa_stereo.config import AttentionConfig, ModelConfig, TrainConfig, TrainerConfig, to_plain
+from fa_stereo.config import AttentionConfig, DatasetConfig, ModelConfig, TrainConfig, TrainerConfig, to_plain
 from fa_stereo.export import without_paths
 from fa_stereo.history import History
 from fa_stereo.models.checkpoint import save_weights
@@ -26,12 +26,14 @@ def write_run(
     memory: Sequence[int | None] | None = None,
     trained_steps: int | None = None,
     started_from: dict[str, Any] | None = None,
+    also: Sequence[DatasetConfig] = (),
     **attention: Any,
 ) -> Path:
     """Write weights and history of a run with one validation every 10 steps, and return its folder."""
     settings = AttentionConfig(kind=kind, key_channels=key_channels, **attention)
     model = ModelConfig(base_channels=4, max_disparity=16, attention=settings, attention_slots=list(slots))
     config = TrainConfig(model, trainer=TrainerConfig(**{"batch_size": 3, "seed": seed, **(trainer or {})}))
+    config.data.also = list(also)
     config.data.augmentation.crop_height, config.data.augmentation.crop_width = 32, 64
     folder.mkdir(parents=True)
     history = History(folder, -1)

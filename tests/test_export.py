@@ -148,12 +148,22 @@ def test_a_run_trains_on_several_sources(pairs: Path, tmp_path: Path) -> None:
     names = [sample.name for sample in open_training_pairs(config.data)]
     assert len(names) == trainer.stream.samples == 6 + 3 + 2
     assert names[-2:] == ["rendered/9/000000", "rendered/9/000001"]
-    trainer.run()  # 12 samples: each pair at least once
+    trained = set()
+    transform = trainer.stream.transform
+    trainer.stream.transform = lambda sample, rng: trained.add(sample.name) or transform(sample, rng)
+    trainer.run()  # 12 samples
+    assert trained == set(names)
     record = export_weights(tmp_path / "run", tmp_path / "w.safetensors", batch_norm_pairs=11)
     assert record["training_pairs"] == 11
     assert [settings and settings["height"] for settings in record["rendered_pairs"]] == [None, 32, None]
     assert record["training"]["data.also.1.rendered.seed"] == 9
     assert not [key for key in record["training"] if key.endswith("root") or key.startswith("data.also.0.rendered")]
+    with pytest.raises(InputError, match=r"the run had several sources \(data\.also\)"):
+        export_weights(tmp_path / "run", tmp_path / "w.safetensors", batch_norm_pairs=1, data_root=str(pairs))
+    flipped = tiny_config(pairs, tmp_path / "run", data__also=also, data__augmentation__horizontal_flip=0.5)
+    flipped.data.train = flipped.data.also[1]
+    with pytest.raises(InputError, match=r"data\.also\.0: .*horizontal_flip.*data\.also\.0\.scene_flow\.right_disp"):
+        Trainer(flipped)
     with pytest.raises(InputError, match=r"data\.also\.0: .*nowhere: no such folder"):
         Trainer(tiny_config(pairs, tmp_path / "run", data__also=[{"kind": "pairs", "root": str(tmp_path / "nowhere")}]))
 

@@ -60,6 +60,23 @@ def test_the_library_needs_no_command_line_packages() -> None:
     assert not loaded & {"hydra", "omegaconf", "matplotlib", "tensorboard", "torchvision"}
 
 
+def test_loading_weights_does_not_load_a_compiler() -> None:
+    axial = "ModelConfig(base_channels=4, max_disparity=16, attention=AttentionConfig('axial', key_channels=4))"
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+from fa_stereo import AttentionConfig, ModelConfig, build_model, load_model
+load_model("small")
+with torch.device("meta"):
+    build_model({axial})
+print(*sorted(set(sys.modules) - before))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "fa_stereo.models.psmnet" in loaded
+    assert not loaded & {"torch._dynamo", "sympy"}
+
+
 def test_the_version_is_the_projects(repository: Path) -> None:
     assert f'version = "{fa_stereo.__version__}"\n' in (repository / "pyproject.toml").read_text()
 

@@ -12,7 +12,7 @@ from summary_runs import write_run
 from torch import nn
 
 from fa_stereo.attention.complexity import block_cost
-from fa_stereo.config import AttentionConfig, ModelConfig
+from fa_stereo.config import AttentionConfig, DatasetConfig, ModelConfig, RenderConfig
 from fa_stereo.errors import InputError
 from fa_stereo.models.checkpoint import load_model, read_record, save_weights
 from fa_stereo.models.psmnet import build_model
@@ -85,6 +85,15 @@ def test_settings_that_came_later_had_their_defaults(tmp_path: Path) -> None:
         del record["training"][later]
     save_weights(load_model(weights), weights, record)
     assert labels(tmp_path) == ["factorized"]
+
+
+def test_other_sources_of_pairs_are_other_variants(tmp_path: Path) -> None:
+    sources = [DatasetConfig("pairs", root="mine"), DatasetConfig(rendered=RenderConfig(seed=9))]
+    for count in range(3):
+        write_run(tmp_path / str(count), also=sources[:count])
+    assert labels(tmp_path) == [
+        f"factorized, data.also={also}" for also in ("none", "pairs", "pairs + rendered(seed=9)")
+    ]
 
 
 def test_other_weights_to_start_from_make_another_variant(tmp_path: Path) -> None:

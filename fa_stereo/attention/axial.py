@@ -156,7 +156,8 @@ class AxisAttention(nn.Module):
         self.key_positions = nn.Parameter(torch.empty(offsets, key_channels // heads))  # r^k
         self.value_positions = nn.Parameter(torch.empty(offsets, value_channels // heads))  # r^v
         for table in (self.query_positions, self.key_positions, self.value_positions):
-            nn.init.normal_(table, std=table.shape[1] ** -0.5)
+            if not table.is_meta:  # as in initialize_like_psmnet
+                nn.init.normal_(table, std=table.shape[1] ** -0.5)
 
     def forward(self, X: Tensor, size: Sequence[int]) -> Tensor:
         """Attend along the axis.

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 import fa_stereo
-from fa_stereo import distributed
+from fa_stereo import config, distributed
 from fa_stereo.config import from_plain
 from fa_stereo.errors import InputError
 
@@ -151,9 +152,16 @@ def _explain(error: Exception, schema: type[Any]) -> str:
     refused = re.search(r"Could not override '([^']+)'", message)
     if refused or any(isinstance(cause, (ConfigKeyError, ConfigAttributeError)) for cause in causes):
         key = refused[1] if refused else str(full_key)
-        if key not in _keys(dataclasses.asdict(schema())):
-            return _explain_unknown_key(key, schema)
-        return f"{key}: {_first_line(causes[-1])}"  # of something in a list
+        in_list = re.match(r"Key '(\w+)' not in '(\w+)'", str(causes[-1]))
+        if in_list and key in _keys(dataclasses.asdict(schema())):
+            return _explain_unknown_key(in_list[1], getattr(config, in_list[2]), f" in {key}")
+        return _explain_unknown_key(key, schema)
+    # Errors within a list know no key of their own, or not all of it.
+    listed = re.search(r"Error merging override '?([\w.]+)=", message)
+    if listed and any(key == listed[1] for key in _lists_of_groups(schema)):
+        if any("is not a subclass" in str(cause) or "Cannot merge" in str(cause) for cause in causes):
+            return f"{listed[1]} must be a list of groups of keys, as [{{kind: pairs, root: FOLDER}}]"
+        full_key = listed[1]
     missing = re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*?)\s*(Config search|$)",
                         message, re.DOTALL)  # fmt: skip
     if missing:
@@ -177,10 +185,22 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return chain
 
 
-def _explain_unknown_key(key: str, schema: type[Any]) -> str:
+def _explain_unknown_key(key: str, schema: type[Any], where: str = "") -> str:
     similar = difflib.get_close_matches(key, _keys(dataclasses.asdict(schema())), n=1)
     hint = f"did you mean {similar[0]}?" if similar else "--cfg job shows all keys"
-    return f"unknown configuration key {key!r}: {hint}"
+    return f"unknown configuration key {key!r}{where}: {hint}"
+
+
+def _lists_of_groups(schema: type[Any], prefix: str = "") -> list[str]:
+    """Return the full names of the keys that hold lists of groups."""
+    keys = []
+    for name, hint in typing.get_type_hints(schema).items():
+        inner = typing.get_args(hint)[:1] if typing.get_origin(hint) is list else ()
+        if dataclasses.is_dataclass(hint):
+            keys += _lists_of_groups(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif inner and dataclasses.is_dataclass(inner[0]):
+            keys.append(f"{prefix}{name}")
+    return keys
 
 
 def _explain_null(argv: list[str]) -> str:

@@ -33,8 +33,10 @@ def open_dataset(config: DatasetConfig) -> Dataset[StereoSample]:
 def open_training_pairs(config: DataConfig) -> Dataset[StereoSample]:
     """Return all pairs that a configuration trains on: those of ``train``, then those of every part of ``also``.
 
+    Where horizontal flips are asked for, the first pair of every source is read, to see whether it can be flipped.
+
     Raises:
-        InputError: As for ``open_dataset``, with the part's place.
+        InputError: As for ``open_dataset``, with the part's place; or a source cannot be flipped.
     """
     parts = [open_dataset(config.train)]
     for i, part in enumerate(config.also):
@@ -42,6 +44,15 @@ def open_training_pairs(config: DataConfig) -> Dataset[StereoSample]:
             parts.append(open_dataset(part))
         except InputError as error:
             raise InputError(f"data.also.{i}: {error}") from error
+    if config.augmentation.horizontal_flip > 0:
+        names = ["data.train", *(f"data.also.{i}" for i in range(len(config.also)))]
+        for name, source, pairs in zip(names, (config.train, *config.also), parts, strict=True):
+            if source.kind != "rendered" and len(pairs) and pairs[0].right_disparity is None:  # type: ignore[arg-type]
+                remedy = f"{name}.scene_flow.right_disparity=true" if source.kind == "scene_flow" else "another source"
+                raise InputError(
+                    f"{name}: data.augmentation.horizontal_flip needs the right view's disparity, which "
+                    f"{pairs[0].name} does not have: use {remedy}, or data.augmentation.horizontal_flip=0"
+                )
     return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 

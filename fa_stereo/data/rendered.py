@@ -282,10 +282,12 @@ class _Painter:
 
     def __init__(self, scene: Scene, device: str | torch.device) -> None:
         self.scene = scene
+        self.counts = dict(SHADING_PARAMETERS)
+        if not any(shape.appearance.shadows for shape in scene.shapes):
+            self.counts["shadows"] = 0
         self.parameters = torch.from_numpy(
-            np.stack([_parameters(shape.appearance, shape.surface.slope) for shape in scene.shapes], axis=-1)
+            np.stack([_parameters(shape.appearance, shape.surface.slope, self.counts) for shape in scene.shapes], -1)
         ).to(device)  # [P, K]
-        self.shadows = any(amplitude for shape in scene.shapes for amplitude in shape.appearance.shadows[::4])
         self.textures = torch.tensor([s.appearance.texture for s in scene.shapes], dtype=torch.int32, device=device)
         rows, starts, bits = [], [], []
         start = 0
@@ -331,7 +333,7 @@ class _Painter:
     def _shade(self, u: Tensor, v: Tensor, d: Tensor, which: Tensor, *, right: bool) -> Tensor:
         """Return the colours [N, 3] of surface points (u, v), float32 [N], of the shapes ``which``, int32 [N]."""
         values = iter(self.parameters.index_select(1, which).unbind(0))
-        p = {name: [next(values) for _ in range(count)] for name, count in SHADING_PARAMETERS.items()}
+        p = {name: [next(values) for _ in range(count)] for name, count in self.counts.items()}
         s_1, s_u, s_v, t_1, t_u, t_v = p["axes"]
         inverse = 1 / (d + self.scene.far_offset)
         s = (s_1 + s_u * u + s_v * v) * inverse
@@ -345,7 +347,7 @@ class _Painter:
         texel = self._texel(self.textures.index_select(0, which), level, s + s_0, t + t_0) - 0.5  # [N, 4]
         light_1, light_u, light_v = p["light"]
         light = light_1 + light_u * u + light_v * v
-        for i in range(0, 8, 4) if self.shadows else ():
+        for i in range(0, self.counts["shadows"], 4):
             amplitude, along_u, along_v, phase = p["shadows"][i : i + 4]
             light = light + amplitude * torch.sin(along_u * u + along_v * v + phase)
         light = light.clamp(0.4, 1.6)
@@ -388,8 +390,8 @@ class _Painter:
         return torch.lerp(top, bottom, weight_t)
 
 
-def _parameters(look: Appearance, slope: tuple[float, float]) -> NDArray[np.float32]:
-    """Return one shape's ``SHADING_PARAMETERS``, one after the other."""
+def _parameters(look: Appearance, slope: tuple[float, float], counts: dict[str, int]) -> NDArray[np.float32]:
+    """Return one shape's ``SHADING_PARAMETERS``, one after the other, filled up with zeros to their ``counts``."""
     parts: dict[str, Any] = {
         "axes": look.axes,  # [2, 3]
         "offset": look.offset,
@@ -399,7 +401,8 @@ def _parameters(look: Appearance, slope: tuple[float, float]) -> NDArray[np.floa
         "shadows": look.shadows,
         "color": np.concatenate([look.bias[:, None], look.color], axis=1),  # [3, 5]
     }
-    return np.concatenate([np.ravel(parts[name]) for name in SHADING_PARAMETERS]).astype(np.float32)
+    values = [np.resize(np.append(np.ravel(parts[name]), np.zeros(n)), n) for name, n in counts.items()]
+    return np.concatenate(values).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------------------------

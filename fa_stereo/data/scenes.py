@@ -395,7 +395,7 @@ class Appearance:
         light: The factor light . (1, u, v) by which illumination changes over the shape.
         highlight: (u, v, 1 / (2 sigma^2), strength, shift along u in the right view): a glossy spot, which each view
             sees at another place.
-        shadows: Two waves (amplitude, frequency along u, along v, phase), added to the light: soft shadows.
+        shadows: Waves (amplitude, rad/px along u, along v, phase) that are added to the light; two, or none.
     """
 
     texture: int
@@ -405,7 +405,7 @@ class Appearance:
     bias: Points
     light: tuple[float, float, float]
     highlight: tuple[float, float, float, float, float]
-    shadows: tuple[float, ...] = 2 * (0.0, 0.0, 0.0, 0.0)
+    shadows: tuple[tuple[float, float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -904,12 +904,12 @@ class _SceneBuilder:
                 rng.uniform(0.1, 0.6),
                 rng.normal(0, 0.3) * surface.value,
             )
-        shadows: list[float] = []
+        shadows = []
         for _ in range(2 if self.config.shadows else 0):
-            length = max(half) * rng.uniform(0.5, 3.0)
+            frequency = 2 * np.pi / max(8.0, max(half) * rng.uniform(0.5, 3.0))
             direction, phase = rng.uniform(0, 2 * np.pi, 2)
-            along_u, along_v = 2 * np.pi / length * math.cos(direction), 2 * np.pi / length * math.sin(direction)
-            shadows += [rng.normal(0, 0.1 * self.config.shadows), along_u, along_v, phase]
+            amplitude = rng.normal(0, 0.1 * self.config.shadows)
+            shadows.append((amplitude, frequency * math.cos(direction), frequency * math.sin(direction), phase))
         if like is None:
             count = len(scene.maps)
             texture = int(rng.integers(min(2, count) if large and rng.random() < 0.8 else count))
@@ -924,7 +924,7 @@ class _SceneBuilder:
             bias * (1.0 if like is None else math.exp(rng.normal(0, 0.06))),
             (1 - light_u * middle[0] - light_v * middle[1], light_u, light_v),
             highlight,
-            tuple(shadows) or Appearance.shadows,
+            tuple(shadows),
         )
 
     def _recolor(self) -> tuple[Points, Points]:

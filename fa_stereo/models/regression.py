@@ -188,8 +188,9 @@ def _triton_modal_regression(device: torch.device) -> Kernel | None:
 
         matrix = torch.tensor([[1.0], [1.0]], device=device)
         disparity, confidence = regress_modal(torch.zeros(1, 1, 1, 1, device=device), matrix, matrix, matrix)
-        if not ((disparity - 0.5).abs().amax() < 1e-6 and (confidence == 1).all()):
-            raise RuntimeError(f"the mean of 0 and 1 came out as {disparity.flatten()[0]:g}")
+        found = disparity.flatten()[0], confidence.flatten()[0]
+        if not (abs(found[0] - 0.5) < 1e-6 and found[1] == 1):
+            raise RuntimeError("the mean of 0 and 1, with confidence 1, came out as {:g}, with {:g}".format(*found))
         return regress_modal
 
     return checked_kernel(load, "modal disparity regression")

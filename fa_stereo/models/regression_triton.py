@@ -230,7 +230,8 @@ def _regress_modal(  # type: ignore[no-untyped-def]
         moment0, moment1, moment2 = moment1, moment2, tl.zeros([BLOCK], tl.float32)
     out = (sample * height + y) * width + x
     tl.store(disparity + out, weighted / weights, mask=mask)
-    tl.store(confidence + out, tl.minimum(greatest / total, 1.0), mask=mask)
+    share = greatest / total
+    tl.store(confidence + out, tl.where(share > 1.0, 1.0, share), mask=mask)  # not a number is passed on
 
 
 @triton.jit  # type: ignore[untyped-decorator]

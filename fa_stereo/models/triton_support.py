@@ -15,8 +15,8 @@ def checked_kernel(load: Callable[[], Kernel], what: str) -> Kernel | None:
     """Return a kernel that was tried out, or None where there is no Triton or it does not work, with a warning.
 
     Args:
-        load: Imports the kernel, runs it both ways on something small, and returns it; raises ``RuntimeError`` if the
-            result is wrong. It runs with gradients on, whatever the caller's mode.
+        load: Imports the kernel, runs it on something small (both ways, if it has two), and returns it; raises
+            ``RuntimeError`` if the result is wrong. It runs with gradients on, whatever the caller's mode.
         what: What is slower without it, for the warning.
     """
     try:

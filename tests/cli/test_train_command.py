@@ -156,7 +156,10 @@ def test_peoples_own_experiments(pairs: Path, tmp_path: Path, capsys: pytest.Cap
         (["data=scene_flow"], "data.train.root must be given"),
         (["data=rendered", "data.also=[{kind: pairs}]"], "data.also.0.root must be given"),
         (["data.also=[{kind: pears}]"], "data.also.0.kind must be one of scene_flow, rendered, "),
-        (["data.also=[{knd: pairs}]"], "data.also: key 'knd' not in 'DatasetConfig'"),
+        (["data.also=[{knd: pairs}]"], "unknown configuration key 'knd' in data.also: did you mean kind?"),
+        (["data.also=[{limit: few}]"], "data.also: value 'few' of type 'str' could not be converted to Integer"),
+        (["data.also=[pairs]"], "data.also must be a list of groups of keys, as [{kind: pairs, root: FOLDER}]"),
+        (["data.also={kind: pairs}"], "data.also must be a list of groups of keys, as [{kind: pairs, root: FOLDER}]"),
         (["data=pairs", "data.train.root=/no/such/folder"], "/no/such/folder"),
         (
             ["data=rendered", "init_from=nothing.safetensors"],

@@ -28,6 +28,7 @@ from fa_stereo.data.scenes import (
     Silhouette,
     Strand,
     Surface,
+    _SceneBuilder,
     random_scene,
 )
 from fa_stereo.data.textures import random_map
@@ -461,21 +462,43 @@ def test_plain_surfaces_show_next_to_no_texture() -> None:
 
 
 def test_soft_shadows_lie_on_the_surface() -> None:
-    look = dataclasses.replace(plain(0.5), shadows=(0.2, 0.05, 0.02, 1.0, -0.1, 0.01, 0.07, 2.0))
+    look = dataclasses.replace(plain(0.5), shadows=((0.2, 0.05, 0.02, 1.0), (-0.1, 0.01, 0.07, 2.0)))
     scene = Scene(64, 128, [Shape(Everywhere(), Surface(16.0), look)], [np.full((256, 256, 4), 128, np.uint8)])
     views = render_scene(scene)
     v, u = np.mgrid[:64, :128]
     light = 1 + 0.2 * np.sin(0.05 * u + 0.02 * v + 1.0) - 0.1 * np.sin(0.01 * u + 0.07 * v + 2.0)
     np.testing.assert_allclose(views.left[..., 0], 0.5 * light, atol=1e-5)
     np.testing.assert_allclose(views.right[:, :-16], views.left[:, 16:], atol=1e-5)
+    # beside a surface without shadows; and as scenes draw them
+    scene.shapes.append(Shape(Blob((20.0, 30.0), (8.0, 8.0)), Surface(20.0), plain(0.25)))
+    assert render_scene(scene).left[30, 20, 0] == pytest.approx(0.25, abs=1e-5)
+    waves = {}
+    for strength in (1.0, 3.0):
+        drawn = random_scene(dataclasses.replace(SMALL, shadows=strength), np.random.default_rng(5))
+        waves[strength] = np.array([shape.appearance.shadows for shape in drawn.shapes])  # [shapes, 2, 4]
+        assert (np.hypot(waves[strength][..., 1], waves[strength][..., 2]) <= 2 * np.pi / 8 + 1e-9).all()
+    np.testing.assert_allclose(waves[3.0][..., 0], 3 * waves[1.0][..., 0])
+    assert 0.05 < waves[1.0][..., 0].std() < 0.15
+    assert not any(s.appearance.shadows for s in random_scene(SMALL, np.random.default_rng(5)).shapes)
 
 
-def test_enclosed_scenes_end_at_a_wall() -> None:
-    config = dataclasses.replace(SMALL, rooms=0.0, slant=0.0, curvature=0.0)
-    for seed in range(20):
-        drawn = [random_scene(dataclasses.replace(config, enclosed=e), np.random.default_rng(seed)) for e in (0.0, 1.0)]
-        assert drawn[1].shapes[0].surface.value > 0.1 * max(shape.surface.value for shape in drawn[1].shapes)
-        assert drawn[0].far_offset == drawn[1].far_offset  # the range is the same, but for its far end
+@pytest.mark.parametrize("enclosed", [0.0, 0.5, 1.0])
+def test_enclosed_scenes_end_at_a_wall(enclosed: float) -> None:
+    config = dataclasses.replace(SMALL, enclosed=enclosed)
+    shares = np.array([b.farthest / b.nearest for b in (_SceneBuilder(config, np.random.default_rng(s))
+                                                        for s in range(300))])  # fmt: skip
+    assert (shares <= 0.7 + 1e-9).all()
+    near = np.mean(shares >= 0.15 - 1e-9)
+    assert abs(near - (0.53 + 0.47 * enclosed)) < (0.1 if enclosed < 1 else 1e-9)
+
+
+def test_options_that_are_off_draw_the_scenes_of_earlier_versions() -> None:
+    scene = random_scene(dataclasses.replace(SMALL, seed=3), np.random.default_rng(5))
+    first, last = scene.shapes[0], scene.shapes[-1]
+    found = [len(scene.shapes), first.surface.value, *first.appearance.light, last.surface.value, *last.appearance.bias]
+    # of the version before shadows and enclosed scenes came
+    earlier = [68, 0.001, 0.9793514, -0.001057526, 0.00289774, 0.4152052, 0.5549563, 0.5549563, 0.5549563]
+    np.testing.assert_allclose(found, earlier, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,12 @@ for align_corners in (True, False):
         )
         for result, exact in zip(results, expected):
             torch.testing.assert_close(result.double(), exact, atol=2e-3 if depths == 12 else 1e-4, rtol=0)
+logits[0, 0, 0, 0] = float("nan")
+for result, exact in zip(
+    regress_modal(logits, *matrices),
+    regress_modal_disparity_reference(logits, disparities, height, width, align_corners=align_corners),
+):
+    assert exact.isnan().any() and torch.equal(result.isnan(), exact.isnan())
 print("equal")
 """
 
