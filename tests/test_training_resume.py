@@ -251,6 +251,16 @@ def test_a_finished_run_can_be_made_longer(pairs: Path, tmp_path: Path, caplog: 
     assert_identical(states[0]["model"], states[1]["model"], "model")
 
 
+def test_other_sources_are_told(pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    half = {"kind": "pairs", "root": str(pairs), "limit": 3}
+    Trainer(tiny_config(pairs, tmp_path, data__train__limit=3, data__also=[half], trainer__epochs=1)).run()
+    with caplog.at_level(logging.INFO, logger="fa_stereo"):
+        Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2))  # as many pairs
+    assert "resuming with 0 sources in data.also (there were 1)" in caplog.text
+    with pytest.raises(InputError, match="there are 9 training pairs, but were 6 in the run to resume"):
+        Trainer(tiny_config(pairs, tmp_path, data__also=[half], trainer__epochs=2))
+
+
 def test_the_optimizers_settings_are_those_of_the_command(pairs: Path, tmp_path: Path) -> None:
     """Saved with the state are those of the run before; what is told to have changed must have."""
     Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2)).run()
