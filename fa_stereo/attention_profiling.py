@@ -13,13 +13,11 @@ import json
 import math
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +32,7 @@ from fa_stereo.attention.complexity import block_cost
 from fa_stereo.config import PRECISIONS, AttentionConfig, ModelConfig
 from fa_stereo.errors import InputError
 from fa_stereo.machine import compute_float32_in_full
+from fa_stereo.measuring import MeasuringProcess
 from fa_stereo.memory import (
     MemoryLimit,
     is_out_of_memory,
@@ -442,7 +441,10 @@ def measure(
     if any(case.device != "cpu" for case in cases) and len(cases) > 1:
         return [measure([case], repeats, time_limit, progress)[0] for case in cases]
     with ExitStack() as stack:
-        processes = [stack.enter_context(_measuring(case, time_limit)) for case in cases]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fa_stereo_attention_")))
+        processes = [
+            stack.enter_context(_Process(case, folder / str(number), time_limit)) for number, case in enumerate(cases)
+        ]
         for process in processes:
             process.start()
         for _ in range(repeats + 1):
@@ -452,93 +454,51 @@ def measure(
         return [process.finish(warm_up=repeats > 0) for process in processes]
 
 
-class _Process:
-    """A measuring process and the pipes to it. Once it has ended early, nothing more is asked of it."""
+class _Process(MeasuringProcess):
+    """A process that measures a case. Once it has ended early, nothing more is asked of it."""
 
     def __init__(self, case: Case, folder: Path, time_limit: float) -> None:
         self.time_limit = time_limit
-        self.result_path = folder / "result.npy"
-        self.log = folder / "stderr.txt"
         self.seconds: list[float] = []
         self.outcome: Outcome | None = None
-        command = [sys.executable, "-m", "fa_stereo.attention_profiling", case.to_json(), str(self.result_path)]
-        with self.log.open("w") as log:
-            self.popen = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        folder.mkdir()
+        super().__init__("fa_stereo.attention_profiling", case.to_json(), folder)
 
     def start(self) -> None:
         """Wait until weights and inputs are built."""
-        self._read(self.time_limit + STARTUP_SECONDS)
+        self._answer(self.time_limit + STARTUP_SECONDS)
 
     def run(self) -> None:
         """Have the case run once."""
-        assert self.popen.stdin is not None
         if self.outcome is None:
-            with suppress(BrokenPipeError):  # its end is told by what is read
-                self.popen.stdin.write("run\n")
-                self.popen.stdin.flush()
-            answer = self._read()
+            self.request()
+            answer = self._answer(self.time_limit)
             if self.outcome is None:
                 self.seconds.append(answer["seconds"])
 
     def finish(self, *, warm_up: bool) -> Outcome:
         """Return what became of the case; ``warm_up`` leaves the first run's time out."""
-        assert self.popen.stdin is not None
         if self.outcome is None:
-            self.popen.stdin.close()
-            memory = self._read()
+            self.request_end()
+            memory = self._answer(self.time_limit)
             if self.outcome is None:
-                self.popen.wait()
-                result = np.load(self.result_path) if self.result_path.exists() else None
-                return Outcome("measured", "", self.seconds[int(warm_up) :], **memory, result=result)
-        assert self.outcome is not None
+                return Outcome("measured", "", self.seconds[int(warm_up) :], **memory, result=self.result())
         return self.outcome
 
-    def _read(self, seconds: float | None = None) -> dict[str, Any]:
-        """Return the next reply; if there is none, or memory has run out, note the outcome."""
-        assert self.popen.stdout is not None
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            self.popen.kill()
-
-        timer = threading.Timer(seconds or self.time_limit, give_up)
-        timer.start()
-        line = self.popen.stdout.readline()
-        timer.cancel()
-        answer: dict[str, Any] = json.loads(line) if line.endswith("\n") else {}
+    def _answer(self, time_limit: float) -> dict[str, Any]:
+        """Return the next answer; if there is none, or memory has run out, note the outcome."""
+        try:
+            line = self.read(time_limit)
+        except TimeoutError:
+            self.outcome = Outcome("too_slow", f"more than {self.time_limit:g} s")
+            return {}
+        if line is None:
+            self.outcome = Outcome("failed", self.last_words())
+            return {}
+        answer: dict[str, Any] = json.loads(line)
         if "out_of_memory" in answer:
             self.outcome = Outcome("out_of_memory", answer.pop("out_of_memory"), **answer)
-        elif not line:
-            self.popen.wait()
-            self.outcome = self._unasked_end(late=late.is_set())
         return answer
-
-    def _unasked_end(self, *, late: bool) -> Outcome:
-        if late:
-            return Outcome("too_slow", f"more than {self.time_limit:g} s")
-        words = [text for text in self.log.read_text().splitlines() if text.strip()]
-        code = self.popen.returncode
-        return Outcome(
-            "failed", words[-1] if words else f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-        )
-
-
-@contextmanager
-def _measuring(case: Case, time_limit: float) -> Iterator[_Process]:
-    with tempfile.TemporaryDirectory(prefix="fa_stereo_attention_") as folder:
-        process = _Process(case, Path(folder), time_limit)
-        try:
-            yield process
-        finally:
-            process.popen.kill()
-            process.popen.wait()
 
 
 def compare(cases: Sequence[Case], outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +28,7 @@ from fa_stereo.config import INFERENCE_PRECISIONS, AttentionConfig, ModelConfig
 from fa_stereo.cuda_graph import record_cuda_graph
 from fa_stereo.errors import InputError
 from fa_stereo.machine import compute_float32_in_full
+from fa_stereo.measuring import MeasuringProcess
 from fa_stereo.memory import keep_freed_memory, memory_in_use, peak_memory, return_freed_memory, start_peak
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
@@ -324,7 +323,7 @@ def measure(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fa_stereo_benchmark_")))
         processes = [
             stack.enter_context(
-                _measuring(
+                _Process(
                     _with_example(task, folder),
                     folder / str(number),
                     environment or {} if task.path == "plain" else {},
@@ -333,7 +332,7 @@ def measure(
             for number, task in enumerate(tasks)
         ]
         for process in processes:  # which all start at once
-            process.wait_until_ready()
+            process.answer()  # when the network is built and the inputs are there
         seconds: list[list[float]] = [[] for _ in tasks]
         for _ in range(repeats + 1):
             for process, times in zip(processes, seconds, strict=True):
@@ -352,67 +351,38 @@ def _with_example(task: Task, folder: Path) -> Task:
     return dataclasses.replace(task, example=str(file))
 
 
-class _Process:
-    """A measuring process and the pipes to it."""
+class _Process(MeasuringProcess):
+    """A process that measures a task."""
 
     def __init__(self, task: Task, folder: Path, environment: dict[str, str]) -> None:
         self.task = task
         folder.mkdir()
-        self.result_path = folder / "result.npy"
-        self.log = folder / "stderr.txt"
-        command = [sys.executable, "-m", "fa_stereo.profiling", json.dumps(dataclasses.asdict(task)), self.result_path]
-        with self.log.open("w") as log:
-            self.popen = subprocess.Popen(
-                [str(word) for word in command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=os.environ | environment,
-            )
+        super().__init__("fa_stereo.profiling", json.dumps(dataclasses.asdict(task)), folder, environment)
 
-    def wait_until_ready(self) -> None:
-        """Wait until the network is built and the inputs are there."""
-        self._read()
+    def answer(self) -> str:
+        """Return the next answer.
 
-    def _read(self) -> str:
-        assert self.popen.stdout is not None
-        line = self.popen.stdout.readline()
-        if not line:
-            self.popen.wait()
-            words = [text for text in self.log.read_text().splitlines() if text.strip()]
-            reason = (
-                words[-1].removeprefix("fa_stereo.errors.InputError: ")
-                if words
-                else f"exit code {self.popen.returncode}, perhaps for want of memory"
-            )
-            task = self.task
-            raise InputError(f"measuring {task.part} ({task.path}, {task.precision}) failed: {reason}")
-        return line
+        Raises:
+            InputError: The process ended instead.
+        """
+        answer = self.read()
+        if answer is None:
+            task, words = self.task, self.last_words().removeprefix("fa_stereo.errors.InputError: ")
+            if words.startswith(("exit code", "ended by")):
+                words += ", perhaps for want of memory"
+            raise InputError(f"measuring {task.part} ({task.path}, {task.precision}) failed: {words}")
+        return answer
 
     def run(self) -> float:
-        assert self.popen.stdin is not None
-        self.popen.stdin.write("run\n")
-        self.popen.stdin.flush()
-        return float(self._read())
+        """Return the seconds of another run."""
+        self.request()
+        return float(self.answer())
 
     def finish(self, seconds: list[float]) -> Measurement:
-        assert self.popen.stdin is not None
-        self.popen.stdin.close()
-        memory = json.loads(self._read())
-        self.popen.wait()
-        result = np.load(self.result_path) if self.result_path.exists() else None
-        return Measurement(seconds, memory["peak_bytes"], memory["extra_bytes"], result)
-
-
-@contextmanager
-def _measuring(task: Task, folder: Path, environment: dict[str, str]) -> Iterator[_Process]:
-    process = _Process(task, folder, environment)
-    try:
-        yield process
-    finally:
-        process.popen.kill()
-        process.popen.wait()
+        """Return what was measured, with the seconds of the runs that count."""
+        self.request_end()
+        memory = json.loads(self.answer())
+        return Measurement(seconds, memory["peak_bytes"], memory["extra_bytes"], self.result())
 
 
 def compare(measurements: list[Measurement], *, relative: bool, base: int = 0) -> list[dict[str, Any]]:
