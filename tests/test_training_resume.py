@@ -319,7 +319,7 @@ def test_the_regression_may_change(pairs: Path, tmp_path: Path) -> None:
         ({"trainer__seed": 1}, r"trainer\.seed is 1, but 0"),
         ({"optimizer__kind": "sgd"}, r"optimizer\.kind is sgd, but adam"),
         ({"model__attention__kind": "none"}, r"model\.attention\.kind is none, but factorized"),
-        ({"data__train__limit": 5}, r"data\.train has 5 pairs, but had 6"),
+        ({"data__train__limit": 5}, r"there are 5 training pairs, but were 6"),
         ({"trainer__resume": None}, r"there is a run already"),
     ],
 )
