@@ -117,12 +117,10 @@ def _column(plane, index, x0, x1, wx, mask, rows_y0, rows_y1, wy, plane_stride):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _regress(  # type: ignore[no-untyped-def]
-    logits, disparity, log_sum,
-    depth_begin, depth_weight, row_first, row_weight, column_first, column_weight,
-    depths, rows, columns, height, width, BLOCK: tl.constexpr,
+def _pixels(  # type: ignore[no-untyped-def]
+    logits, row_first, row_weight, column_first, column_weight, depths, rows, columns, width, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write disparity and log-sum-exp of a block of columns of one row of one sample."""
+    """Return where a block of columns of one row of one sample is, what it reads with which weights, and its scores."""
     x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     y = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
@@ -133,8 +131,21 @@ def _regress(  # type: ignore[no-untyped-def]
     y0 = tl.load(row_first + y)
     wy = tl.load(row_weight + y)
     y1 = tl.minimum(y0 + 1, rows - 1)
+    plane = logits + sample * depths * rows * columns
+    return x, y, sample, mask, x0, x1, wx, y0, y1, wy, plane
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _regress(  # type: ignore[no-untyped-def]
+    logits, disparity, log_sum,
+    depth_begin, depth_weight, row_first, row_weight, column_first, column_weight,
+    depths, rows, columns, height, width, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write disparity and log-sum-exp of a block of columns of one row of one sample."""
+    x, y, sample, mask, x0, x1, wx, y0, y1, wy, plane = _pixels(
+        logits, row_first, row_weight, column_first, column_weight, depths, rows, columns, width, BLOCK
+    )
     plane_stride = rows * columns
-    plane = logits + sample * depths * plane_stride
 
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -176,18 +187,10 @@ def _regress_modal(  # type: ignore[no-untyped-def]
     depths, rows, columns, height, width, disparities, groups, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write disparity and confidence of a block of columns of one row of one sample."""
-    x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    y = tl.program_id(1)
-    sample = tl.program_id(2).to(tl.int64)
-    mask = x < width
-    x0 = tl.load(column_first + x, mask=mask, other=0)
-    wx = tl.load(column_weight + x, mask=mask, other=0.0)
-    x1 = tl.minimum(x0 + 1, columns - 1)
-    y0 = tl.load(row_first + y)
-    wy = tl.load(row_weight + y)
-    y1 = tl.minimum(y0 + 1, rows - 1)
+    x, y, sample, mask, x0, x1, wx, y0, y1, wy, plane = _pixels(
+        logits, row_first, row_weight, column_first, column_weight, depths, rows, columns, width, BLOCK
+    )
     plane_stride = rows * columns
-    plane = logits + sample * depths * plane_stride
 
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     near = _column(plane, 0, x0, x1, wx, mask, y0 * columns, y1 * columns, wy, plane_stride)
