@@ -41,7 +41,7 @@ class TrainingStream(Dataset[Batch | Exception]):
         self.seed = seed
         self.samples = len(dataset)  # type: ignore[arg-type]
         if self.samples == 0:
-            raise InputError("there are no pairs to train on in data.train")
+            raise InputError("data.train has no pairs to train on")
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return the epoch a position falls in, and the index of its pair in the data set."""

@@ -204,7 +204,7 @@ def _describe_also(training: dict[str, Any]) -> str:
     texts = []
     for _, part in sorted(parts.items()):
         kind = part.pop("kind")
-        special = {name.removeprefix(f"{kind}."): x for name, x in part.items() if x != defaults[name]}
+        special = {name.removeprefix(f"{kind}."): x for name, x in part.items() if x != defaults.get(name)}
         texts.append(f"{kind}({', '.join(f'{name}={x}' for name, x in special.items())})" if special else kind)
     return " + ".join(texts) or "none"
 

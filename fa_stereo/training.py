@@ -603,8 +603,9 @@ class Trainer:
                     "anew with init_from and another output_dir"
                 )
         if state["samples"] != self.stream.samples:
+            subject = "data.train and data.also have" if self.config.data.also else "data.train has"
             raise InputError(
-                f"there are {self.stream.samples} training pairs, but were {state['samples']} in the run to resume "
+                f"{subject} {self.stream.samples} pairs, but had {state['samples']} in the run to resume "
                 f"({path}): restore the data, or start anew with init_from and another output_dir"
             )
         for key in changed:

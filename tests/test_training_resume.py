@@ -257,7 +257,7 @@ def test_other_sources_are_told(pairs: Path, tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO, logger="fa_stereo"):
         Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2))  # as many pairs
     assert "resuming with 0 sources in data.also (there were 1)" in caplog.text
-    with pytest.raises(InputError, match="there are 9 training pairs, but were 6 in the run to resume"):
+    with pytest.raises(InputError, match=r"data\.train and data\.also have 9 pairs, but had 6 in the run to resume"):
         Trainer(tiny_config(pairs, tmp_path, data__also=[half], trainer__epochs=2))
 
 
@@ -319,7 +319,7 @@ def test_the_regression_may_change(pairs: Path, tmp_path: Path) -> None:
         ({"trainer__seed": 1}, r"trainer\.seed is 1, but 0"),
         ({"optimizer__kind": "sgd"}, r"optimizer\.kind is sgd, but adam"),
         ({"model__attention__kind": "none"}, r"model\.attention\.kind is none, but factorized"),
-        ({"data__train__limit": 5}, r"there are 5 training pairs, but were 6"),
+        ({"data__train__limit": 5}, r"data\.train has 5 pairs, but had 6"),
         ({"trainer__resume": None}, r"there is a run already"),
     ],
 )

@@ -401,7 +401,7 @@ def _parameters(look: Appearance, slope: tuple[float, float], counts: dict[str, 
         "shadows": look.shadows,
         "color": np.concatenate([look.bias[:, None], look.color], axis=1),  # [3, 5]
     }
-    values = [np.resize(np.append(np.ravel(parts[name]), np.zeros(n)), n) for name, n in counts.items()]
+    values = [np.pad(np.ravel(parts[name]), (0, n - np.size(parts[name]))) for name, n in counts.items()]
     return np.concatenate(values).astype(np.float32)
 
 

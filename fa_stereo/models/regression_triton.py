@@ -65,7 +65,14 @@ class TritonRegression(torch.autograd.Function):
 def regress_modal(
     logits: Tensor, depth_matrix: Tensor, row_matrix: Tensor, column_matrix: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return disparity and confidence [B, H, W] of ``regress_modal_disparity``; arguments as above, no gradient."""
+    """Return disparity in pixels and confidence, [B, H, W] each, as ``regress_modal_disparity`` does; no gradient.
+
+    Args:
+        logits: Scores [B, D/4, H/4, W/4], float32.
+        depth_matrix: Linear interpolation [D, D/4].
+        row_matrix: Likewise [H, H/4].
+        column_matrix: Likewise [W, W/4].
+    """
     logits = logits.contiguous()
     batch, depths, rows, columns = logits.shape
     disparities, height, width = depth_matrix.shape[0], row_matrix.shape[0], column_matrix.shape[0]
@@ -74,7 +81,9 @@ def regress_modal(
     with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
         _regress_modal[grid](
             logits, disparity, confidence, *_groups(depth_matrix), *_taps(row_matrix), *_taps(column_matrix),
-            depths, rows, columns, height, width, disparities, max(3, (disparities + 5) // 4), BLOCK=_BLOCK_COLUMNS,
+            depths, rows, columns, height, width, disparities,
+            max(3, (disparities + 5) // 4),  # groups, as regression._group_margins makes them
+            BLOCK=_BLOCK_COLUMNS,
         )  # fmt: skip
     return disparity, confidence
 
