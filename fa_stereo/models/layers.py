@@ -1,7 +1,9 @@
 """The convolution with batch norm that every part of PSMNet is made of.
 
-Convolution and norm are kept as named children, so that a fast path can fold one into the other. In prediction on a CPU
-volumes too small for PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
+Convolution and norm are kept as named children, so that a fast path can fold one into the other: for prediction once
+and for all (``fa_stereo.models.optimized``), in training with frozen batch norm at every step, which saves a pass over
+the convolution's result in each direction, and keeping it for the second. In prediction on a CPU volumes too small for
+PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ class ConvNorm2d(nn.Module):
         """Convolve and normalise."""
         if self.step > 1:
             x = x[..., :: self.step, :: self.step]
+        if trains_frozen(self.norm):
+            conv = self.conv
+            return F.conv2d(x, *fold(conv, self.norm), conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
         out: Tensor = self.norm(self.conv(x))
         return out
 
@@ -56,6 +61,8 @@ class ConvNorm3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
+        if trains_frozen(self.norm):
+            return F.conv3d(x, *fold(self.conv, self.norm), self.conv.stride, 1)
         out: Tensor = self.norm(convolve(self.conv, x))
         return out
 
@@ -70,8 +77,34 @@ class DeconvNorm3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
+        if trains_frozen(self.norm):
+            return F.conv_transpose3d(x, *fold(self.conv, self.norm), 2, 1, output_padding=1)
         out: Tensor = self.norm(upsample(self.conv, x))
         return out
+
+
+def trains_frozen(norm: nn.Module) -> bool:
+    """Tell whether a gradient may be asked for through batch norm in eval mode, which is then a scale and an offset."""
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training and torch.is_grad_enabled()
+
+
+def fold(
+    conv: nn.Conv2d | nn.Conv3d | nn.ConvTranspose3d, norm: nn.modules.batchnorm._BatchNorm
+) -> tuple[Tensor, Tensor]:
+    """Return kernel and bias of the one convolution that a convolution without bias and batch norm in eval mode are.
+
+    ``norm(w * x) = (s w) * x + (bias - s mean)`` with ``s = weight / sqrt(var + eps)``, computed in float64. Gradients
+    pass through to both.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)  # [C_out]
+    bias = norm.bias.double() - scale * norm.running_mean.double()
+    output_axis = 1 if isinstance(conv, nn.ConvTranspose3d) else 0
+    shape = [1] * conv.weight.dim()
+    shape[output_axis] = -1
+    weight = conv.weight.double() * scale.view(shape)
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
 def convolve(conv: nn.Conv3d, x: Tensor, padding: int = 1) -> Tensor:

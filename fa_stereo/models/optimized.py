@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fa_stereo.config import INFERENCE_PRECISIONS
 from fa_stereo.errors import InputError
 from fa_stereo.models.aggregation import ScoreHead
-from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d
+from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d, fold
 from fa_stereo.models.psmnet import PSMNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "mixed": torch.bfloat16}
@@ -103,21 +103,10 @@ def fold_batch_norms(model: PSMNet) -> None:
 
 @torch.no_grad()
 def fold_batch_norm(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d) -> None:
-    """Replace a convolution and its batch norm by one convolution with a bias, in place.
-
-    ``norm(w * x) = (s w) * x + (bias - s mean)`` with ``s = weight / sqrt(var + eps)``, computed in float64.
-    """
-    conv, norm = layer.conv, layer.norm
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)  # [C_out]
-    bias = norm.bias.double() - scale * norm.running_mean.double()
-    output_axis = 1 if isinstance(conv, nn.ConvTranspose3d) else 0
-    shape = [1] * conv.weight.dim()
-    shape[output_axis] = -1
-    weight = conv.weight.double() * scale.view(shape)
-    conv.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
-    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+    """Replace a convolution and its batch norm by one convolution with a bias, in place."""
+    weight, bias = fold(layer.conv, layer.norm)
+    layer.conv.weight = nn.Parameter(weight, requires_grad=False)
+    layer.conv.bias = nn.Parameter(bias, requires_grad=False)
     layer.norm = nn.Identity()  # type: ignore[assignment]
 
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fa_stereo.models import layers
-from fa_stereo.models.layers import ConvNorm2d, convolve, upsample
+from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d, convolve, upsample
+from fa_stereo.models.psmnet import build_model
+from tests.random_networks import randomize, tiny
 
 
 @pytest.mark.parametrize(("kernel_size", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (3, 1, 2), (1, 1, 1), (1, 2, 1)])
@@ -47,6 +49,66 @@ def test_narrow_layers_train_in_channels_last(channels: int) -> None:
     exact(x.double()).square().mean().backward()
     for ours, double in zip(layer.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(ours.grad.double(), double.grad, atol=1e-5, rtol=1e-3)
+
+
+FROZEN_LAYERS = {
+    "2d": (lambda: ConvNorm2d(3, 5, dilation=2), (2, 3, 6, 7)),
+    "2d, stride": (lambda: ConvNorm2d(3, 5, stride=2), (2, 3, 6, 7)),
+    "2d, 1x1, stride": (lambda: ConvNorm2d(3, 5, 1, stride=2), (2, 3, 6, 7)),
+    "3d": (lambda: ConvNorm3d(3, 5), (2, 3, 4, 5, 6)),
+    "3d, stride": (lambda: ConvNorm3d(3, 5, stride=2), (2, 3, 4, 5, 7)),
+    "transposed": (lambda: DeconvNorm3d(3, 5), (1, 3, 2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", FROZEN_LAYERS)
+def test_frozen_batch_norm_is_folded_in_training(kind: str) -> None:
+    """Values and gradients of the input and of all four parameters are those of the two layers one after the other."""
+    torch.manual_seed(0)
+    build, shape = FROZEN_LAYERS[kind]
+    layer = randomize(build()).double().eval()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    applied = []
+    layer.norm.register_forward_hook(lambda *_: applied.append(kind))
+    result = layer(x)
+    assert not applied
+    step = getattr(layer, "step", 1)
+    expected = layer.norm(layer.conv(x[..., ::step, ::step]))
+    torch.testing.assert_close(result, expected, atol=1e-12, rtol=0)
+    inputs, upstream = (x, *layer.parameters()), torch.randn_like(expected)
+    for ours, plain in zip(
+        torch.autograd.grad(result, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, atol=1e-11, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=0)
+    layer.train()(x)
+    assert len(applied) == 3  # written out, without a gradient, and with statistics of the batch: as it is
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_frozen_network_trains_as_if_nothing_were_folded(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = randomize(build_model(tiny())).double().train()
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.eval()
+    model.plain = plain
+    views = torch.randn(2, 1, 3, 32, 48, dtype=torch.float64)
+
+    def run() -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        model.zero_grad()
+        output = model(*views)
+        sum(d.square().mean() for d in output.disparities).backward()
+        return output.logits, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    logits, gradients = run()
+    monkeypatch.setattr(layers, "trains_frozen", lambda norm: False)
+    expected_logits, expected_gradients = run()
+    torch.testing.assert_close(logits, expected_logits, atol=1e-9, rtol=1e-9)
+    for name, expected in expected_gradients.items():
+        scale = expected.abs().max().clamp(min=1e-9)
+        torch.testing.assert_close(gradients[name] / scale, expected / scale, atol=1e-8, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("depths", [3, 4, 9])
