@@ -515,6 +515,8 @@ class TrainerConfig:
     Attributes:
         epochs: Passes over the training pairs.
         max_steps: Stop after this many optimizer steps, whatever ``epochs`` says; None does not.
+        max_minutes: Stop after so many minutes, whatever ``epochs`` and ``max_steps`` say, and spread the schedule over
+            them. Validations count, and what the run took before it was resumed. None does not stop.
         batch_size: Samples per optimizer step, over all processes and accumulated micro-batches.
         micro_batch_size: Samples per forward pass and process; None does the process's share at once.
         precision: fp32, bf16 or fp16 (fp16 with loss scaling).
@@ -541,6 +543,7 @@ class TrainerConfig:
 
     epochs: int = 100
     max_steps: int | None = None
+    max_minutes: float | None = None
     batch_size: int = 24
     micro_batch_size: int | None = None
     precision: str = "fp32"
@@ -565,6 +568,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _check_positive("trainer.epochs", self.epochs)
         _check_positive("trainer.max_steps", self.max_steps, none=True)
+        _check_positive("trainer.max_minutes", self.max_minutes, none=True)
         _check_positive("trainer.batch_size", self.batch_size)
         _check_positive("trainer.micro_batch_size", self.micro_batch_size, none=True)
         _check_choice("trainer.precision", self.precision, PRECISIONS)

@@ -137,6 +137,7 @@ class Trainer:
         self.total_steps = max(1, self.settings.epochs * self.stream.samples // self.settings.batch_size)
         if self.settings.max_steps is not None:
             self.total_steps = min(self.total_steps, self.settings.max_steps)
+        self.time_used = 0.0  # share of ``max_minutes``
 
         _seed_everything(self.settings.seed)
         self.model = build_model(config.model)
@@ -193,9 +194,10 @@ class Trainer:
             TrainingError: The loss is no longer finite, or a checkpoint cannot be written.
             InputError: A training pair cannot be read.
         """
+        minutes = "" if self.settings.max_minutes is None else f" or {self.settings.max_minutes:g} minutes"
         self._tell(
-            "%s: %d pairs, %d steps of %d, from step %d, on %s (%s)", self.output_dir, self.stream.samples,
-            self.total_steps, self.settings.batch_size, self.step, self.machine, self.settings.precision,
+            "%s: %d pairs, %d steps of %d%s, from step %d, on %s (%s)", self.output_dir, self.stream.samples,
+            self.total_steps, self.settings.batch_size, minutes, self.step, self.machine, self.settings.precision,
         )  # fmt: skip
         log = None
         if self.is_first:
@@ -218,6 +220,7 @@ class Trainer:
 
     def _loop(self, log: TrainingLog | None, stop: StopRequest) -> bool:
         """Take all steps that are left; return False if asked to stop before the last."""
+        self._look_at_the_clock()
         # A run that was stopped during a validation still owes it.
         if not self._validate_if_due(log, stop):
             return False
@@ -227,13 +230,32 @@ class Trainer:
             values = self.train_step(batch, log)
             self.step_times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
             self.step += 1
+            self._look_at_the_clock()
             if log:
                 self._report(log, values)
             stopping = self._all_agree_to_stop(stop) or not self._validate_if_due(log, stop)
             self._save_if_due(stopping)
             if stopping:
                 return False
+            if self.step == self.total_steps:
+                break
         return True
+
+    def _look_at_the_clock(self) -> None:
+        """Note how much of the run's time is used; where it is all, the step just made is the last."""
+        if self.settings.max_minutes is None:
+            return
+        seconds = (self.seconds or 0.0) + time.perf_counter() - self.started
+        self.time_used = distributed.broadcast_object(seconds / (60 * self.settings.max_minutes))
+        if self.time_used >= 1:
+            self.total_steps = min(self.total_steps, max(self.step, 1))
+
+    @property
+    def expected_steps(self) -> int:
+        """Steps of the whole run, as far as can be told: with ``max_minutes`` those that the time so far promises."""
+        if not self.time_used or not self.step:
+            return self.total_steps
+        return min(self.total_steps, max(self.step, round(self.step / self.time_used)))
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this process's share of every step that is left, on the host."""
@@ -262,7 +284,7 @@ class Trainer:
         disparity = batch["disparity"].to(self.device, non_blocking=True)  # [B, H, W]
         counts = distributed.sum_over_processes(self.loss.count(disparity))
         rate = self.config.optimizer.learning_rate * learning_rate_factor(
-            self.config.schedule, self.step, self.total_steps, self.epoch
+            self.config.schedule, self.step, self.expected_steps, self.epoch
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -371,7 +393,7 @@ class Trainer:
             logger.info(message, *values)
 
     def _report(self, log: TrainingLog, values: Mapping[str, float]) -> None:
-        log.advance(self.step, self.epoch, self.settings.batch_size, values)
+        log.advance(self.step, self.expected_steps, self.epoch, self.settings.batch_size, values)
         if self._due(self.settings.log_every_steps, self.step) or self.step == 1:
             log.scalars(self.step, values)
         if self.alarm.update(values["loss/total"]):

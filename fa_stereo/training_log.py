@@ -42,7 +42,6 @@ class TrainingLog:
         self._writer: Any = None
         with self._writing():
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
-        self.total_steps = total_steps
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
         self._on_terminal = sys.stderr.isatty()
         self._line_due = 0.0  # the first step is always told
@@ -76,18 +75,19 @@ class TrainingLog:
             if self._writer:
                 self._writer.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
 
-    def advance(self, step: int, epoch: float, samples: int, values: Mapping[str, float]) -> None:
-        """Move the progress bar by one step, or write a line if one is due."""
+    def advance(self, step: int, total_steps: int, epoch: float, samples: int, values: Mapping[str, float]) -> None:
+        """Move the progress bar by one step of so many, or write a line if one is due."""
         self._samples += samples
+        self.bar.total = total_steps
         self.bar.update()
         self.bar.set_postfix(
             loss=f"{values['loss/total']:.3g}", epe=f"{values['train/end_point_error']:.3g}", refresh=False
         )
-        if not self._on_terminal and (time.perf_counter() >= self._line_due or step == self.total_steps):
+        if not self._on_terminal and (time.perf_counter() >= self._line_due or step == total_steps):
             self._line_due = time.perf_counter() + LINE_EVERY_SECONDS
             logger.info(
                 "step %d/%d  epoch %.2f  loss %.4g  EPE %.3f px  learning rate %.3g",
-                step, self.total_steps, epoch, values["loss/total"], values["train/end_point_error"],
+                step, total_steps, epoch, values["loss/total"], values["train/end_point_error"],
                 values["train/learning_rate"],
             )  # fmt: skip
 

@@ -251,6 +251,75 @@ def test_a_finished_run_can_be_made_longer(pairs: Path, tmp_path: Path, caplog: 
     assert_identical(states[0]["model"], states[1]["model"], "model")
 
 
+class Clock:
+    """Stands in for the module ``time``: a minute for every step that the trainer has made, and what is added."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.minutes = 1000.0
+
+    def perf_counter(self) -> float:
+        return 60 * (self.minutes + (self.trainer.step if self.trainer else 0))
+
+    process_time = perf_counter
+
+
+def run_by(clock: Clock, config: TrainConfig, stop_after: int | None = None) -> Trainer:
+    clock.trainer = None
+    trainer = Trainer(config)
+    clock.minutes += 0 if trainer.step == 0 else 5000  # a pause between the runs, which does not count
+    trainer.started = clock.perf_counter()
+    clock.trainer, clock.minutes = trainer, clock.minutes - trainer.step
+    if stop_after is not None:
+        report = trainer._report
+
+        def report_and_stop(*arguments: Any) -> None:
+            report(*arguments)
+            if trainer.step == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer._report = report_and_stop
+    assert trainer.run().finished == (stop_after is None)
+    return trainer
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_by_the_clock(
+    stopped: bool, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ten minutes of a minute a step are ten steps, with the learning rates of a run of ten steps, resumed or not."""
+    common = {
+        "schedule__kind": "cosine", "trainer__validate_every_steps": 100,
+        "data__validation": DatasetConfig("pairs", str(pairs)),
+    }  # fmt: skip
+    Trainer(tiny_config(pairs, tmp_path / "steps", trainer__max_steps=10, trainer__epochs=99, **common)).run()
+    clock = Clock()
+    monkeypatch.setattr(fa_stereo.training, "time", clock)
+    by_clock = tiny_config(pairs, tmp_path / "minutes", trainer__max_minutes=10, trainer__epochs=99, **common)
+    with caplog.at_level(logging.INFO, logger="fa_stereo"):
+        if stopped:
+            run_by(clock, by_clock, stop_after=4)
+        trainer = run_by(clock, by_clock)
+    assert trainer.step == trainer.total_steps == trainer.validated_step == 10
+    assert "148 steps of 4 or 10 minutes, from step 0" in caplog.text
+    assert "step 10/10" in caplog.text
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("steps", "minutes")]
+    assert_identical(states[0]["model"], states[1]["model"], "model")
+    assert [line["step"] for line in states[1]["history"]] == [10]
+    again = run_by(clock, by_clock)  # there is nothing left to do
+    assert again.step == 10
+
+
+def test_a_run_with_time_to_spare_ends_with_its_last_step(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(fa_stereo.training, "time", clock)
+    assert run_by(clock, tiny_config(pairs, tmp_path, trainer__max_minutes=10, trainer__max_steps=3)).step == 3
+    with pytest.raises(InputError, match=r"trainer\.max_minutes must be positive"):
+        tiny_config(pairs, tmp_path, trainer__max_minutes=0)
+
+
 def test_other_sources_are_told(pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     half = {"kind": "pairs", "root": str(pairs), "limit": 3}
     Trainer(tiny_config(pairs, tmp_path, data__train__limit=3, data__also=[half], trainer__epochs=1)).run()
