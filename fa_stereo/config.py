@@ -701,6 +701,7 @@ class EvaluateConfig:
         worst: Write left view, ground truth, prediction and error of so many images with the largest error.
         contact_sheet: Write ``contact_sheet.png``, one picture with small ones of the same of so many images, evenly
             spread over the data set.
+        confidence: Measure the network's confidence too: the error of what is kept from several thresholds on.
         regression: ``expectation`` or ``modal`` (see ``ModelConfig``); None takes what belongs to the weights.
         precision: ``fp32``, ``bf16``, ``fp16``, ``mixed`` (``fa_stereo.inference.choose_precision``) or ``auto``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -716,6 +717,7 @@ class EvaluateConfig:
     error_maps: bool = False
     worst: int = 0
     contact_sheet: int = 0
+    confidence: bool = False
     regression: str | None = None
     precision: str = "fp32"
     device: str = "auto"
@@ -731,6 +733,8 @@ class EvaluateConfig:
         _check_positive("workers", self.workers, zero=True)
         if self.method == "sgbm" and self.checkpoint is not None:
             raise InputError(f"method=sgbm has no weights: leave out checkpoint={self.checkpoint}")
+        if self.method == "sgbm" and self.confidence:
+            raise InputError("method=sgbm has no confidence: leave out confidence=true")
         if self.dataset.kind != "rendered" and self.dataset.root is None:
             raise InputError(
                 f"dataset.root is not given: name the folder of {self.dataset.kind} (data/README.md says how it is "

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fa_stereo import distributed
+from fa_stereo.confidence import ConfidenceCounts
 from fa_stereo.config import AVERAGINGS, ProtocolConfig, RenderConfig, flatten, from_plain, to_plain
 from fa_stereo.data.formats import read_bytes, write_bytes
 from fa_stereo.data.loading import process_options
@@ -43,7 +44,8 @@ from fa_stereo.metrics import (
 )
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""Left and right view, uint8 [1, 3, H, W] on the CPU, to left disparity in pixels, float [1, H, W] on any device."""
+"""Left and right view, uint8 [1, 3, H, W] on the CPU, to left disparity in pixels, float [1, H, W] on any device; or to
+disparity and its confidence, [2, H, W]."""
 
 METRICS_FILE = "metrics.json"
 PER_IMAGE_FILE = "per_image.csv"
@@ -97,7 +99,7 @@ def evaluate(
 
     Args:
         predict: A network on normalised pictures (it is put into eval mode, and back), or a function from uint8 views
-            [1, 3, H, W] to disparity [1, H, W].
+            [1, 3, H, W] to disparity [1, H, W], or to disparity and confidence [2, H, W], which is measured too.
         dataset: Samples with ground truth.
         protocol: Which images and pixels count, and what is averaged; None is ``ProtocolConfig()``.
         device: Where a network computes; None is where its parameters are. A function knows its own.
@@ -122,7 +124,7 @@ def evaluate(
         items, batch_size=None, **process_options(items, min(workers, len(mine), available_cores()))
     )
     function = network_predictor(predict, device, precision) if isinstance(predict, nn.Module) else predict
-    streaming = StreamingMetrics(protocol)
+    streaming, confidence = StreamingMetrics(protocol), ConfidenceCounts()
     failure: Exception | None = None
     hide = True if not progress or distributed.rank() > 0 else None  # None: hidden unless stderr is a terminal
     try:
@@ -131,12 +133,13 @@ def evaluate(
             for index, item in zip(mine, bar, strict=True):
                 if isinstance(item, Exception):
                     raise item
-                image = _evaluate_image(function, index, item, streaming)
+                image = _evaluate_image(function, index, item, streaming, confidence)
                 if on_image is not None:
                     on_image(image)
     except (InputError, OSError) as error:
         failure = error  # told to all processes: the others would wait for this one forever
-    parts, failures = zip(*distributed.gather_objects((streaming, failure)), strict=True)
+    gathered = distributed.gather_objects((streaming, confidence, failure))
+    parts, confidences, failures = zip(*gathered, strict=True)
     for failed in failures:
         if failed is not None:
             raise failed
@@ -145,7 +148,8 @@ def evaluate(
         notes.append(f"the data set has {count:,} images, the protocol's {protocol.expected_images:,}")
     if len(chosen) < len(selected):
         notes.append(f"only the first {len(chosen):,} of its {len(selected):,} images were evaluated")
-    return EvaluationResult(StreamingMetrics.merge(parts), notes)
+    confidence = ConfidenceCounts.merge(confidences)
+    return EvaluationResult(StreamingMetrics.merge(parts), notes, confidence=confidence if confidence.images else None)
 
 
 def select_images(count: int, protocol: ProtocolConfig) -> list[int]:
@@ -157,13 +161,20 @@ def select_images(count: int, protocol: ProtocolConfig) -> list[int]:
     return sorted(int(index) for index in shuffled[: protocol.images])
 
 
-def network_predictor(network: nn.Module, device: torch.device | str | None = None, precision: str = "fp32") -> Predict:
+def network_predictor(
+    network: nn.Module,
+    device: torch.device | str | None = None,
+    precision: str = "fp32",
+    *,
+    confidence: bool = False,
+) -> Predict:
     """Return a function from uint8 views to disparity by a network on normalised pictures.
 
     Args:
         network: In eval mode it returns disparity [B, H, W].
         device: Where to compute; None is where the network's parameters are.
         precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast.
+        confidence: Ask the network for its confidence too.
 
     Raises:
         InputError: The precision is unknown.
@@ -175,6 +186,8 @@ def network_predictor(network: nn.Module, device: torch.device | str | None = No
     def predict(left: Tensor, right: Tensor) -> Tensor:
         views = [normalize_images(view.to(place, non_blocking=True)) for view in (left, right)]
         with torch.autocast(place.type, dtype=_DTYPES.get(precision, torch.bfloat16), enabled=precision != "fp32"):
+            if confidence:
+                return torch.cat(network(*views, confidence=True)).float()
             disparity: Tensor = network(*views)
         return disparity.float()
 
@@ -221,23 +234,28 @@ class _Items(Dataset[Any]):
             return error
 
 
-def _evaluate_image(predict: Predict, index: int, item: dict[str, Any], streaming: StreamingMetrics) -> EvaluatedImage:
+def _evaluate_image(
+    predict: Predict, index: int, item: dict[str, Any], streaming: StreamingMetrics, confidence: ConfidenceCounts
+) -> EvaluatedImage:
     protocol, name = streaming.protocol, item["name"]
     if protocol.crop is not None:
         item = {key: _crop(value, protocol.crop) if isinstance(value, Tensor) else value for key, value in item.items()}
     left, right, target = item["left"], item["right"], item["disparity"].numpy()
-    disparity = predict_padded(predict, left[None], right[None], protocol)[0]  # [H, W]
-    prediction: NDArray[np.float32] = disparity.float().cpu().numpy()
+    maps: NDArray[np.float32] = predict_padded(predict, left[None], right[None], protocol).float().cpu().numpy()
+    prediction = maps[0]  # [H, W]
     if prediction.shape != target.shape:
         raise ValueError(f"{name}: predicted {list(prediction.shape)}, but the ground truth is {list(target.shape)}")
     occluded = item["occluded"].numpy() if "occluded" in item else None
     errors = streaming.update(index, name, prediction, target, occluded)
+    valid = valid_mask(target, protocol.min_disparity, protocol.max_disparity)
+    if len(maps) == 2 and not errors.skipped:
+        confidence.update(index, maps[1], prediction, target, valid)
     return EvaluatedImage(
         left=left.permute(1, 2, 0).numpy(),
         right=right.permute(1, 2, 0).numpy(),
         prediction=prediction,
         target=target,
-        valid=valid_mask(target, protocol.min_disparity, protocol.max_disparity),
+        valid=valid,
         errors=errors,
     )
 
@@ -261,7 +279,7 @@ def predict_padded(predict: Predict, left: Tensor, right: Tensor, protocol: Prot
         protocol: Says how to pad.
 
     Returns:
-        Disparity in pixels, [1, H, W].
+        What the function returns: disparity in pixels, [1, H, W], or disparity and confidence, [2, H, W].
     """
     if protocol.padding == "top_right_zeros":
         return predict(left, right)
@@ -285,11 +303,13 @@ class EvaluationResult:
         streaming: The rows it rests on.
         notes: In what it departs from its protocol, one sentence each; empty if in nothing.
         source: What was evaluated (weights, data set, precision, ...), plain data for the record.
+        confidence: What the predictions' confidence is worth; None if they had none.
     """
 
     streaming: StreamingMetrics
     notes: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
+    confidence: ConfidenceCounts | None = None
 
     def __post_init__(self) -> None:
         self.averages: Averages = self.streaming.averages()
@@ -332,6 +352,7 @@ class EvaluationResult:
             "pixels": self.pixels,
             "metrics": _without_nan(self.metrics),
             "averages": _without_nan(self.averages),
+            **({"confidence": _without_nan(self.confidence.to_plain())} if self.confidence else {}),
         }
 
     def save(self, folder: str | Path) -> None:
@@ -384,6 +405,8 @@ class EvaluationResult:
                     value = table[averaging][metric]
                     cells += ("-" if math.isnan(value) else f"{value:.{digits}f}").rjust(10) + ("*" if own else " ")
                 lines.append(f"{title:<13}{unit:<11}{cells}".rstrip())
+        if self.confidence:
+            lines += ["", self.confidence.table()]
         return "\n".join(lines)
 
 
@@ -438,6 +461,8 @@ def _number(value: float) -> str:
 def _without_nan(values: Any) -> Any:
     if isinstance(values, dict):
         return {key: _without_nan(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_nan(value) for value in values]
     return None if math.isnan(values) else values
 
 

@@ -32,6 +32,7 @@ from fa_stereo.evaluation import (
     select_images,
 )
 from fa_stereo.models.psmnet import build_model
+from tests.random_networks import calibrated
 
 
 class Samples(Dataset[StereoSample]):
@@ -131,6 +132,49 @@ def test_the_real_network_is_evaluated_in_every_precision() -> None:
     assert full == pytest.approx(low, rel=0.05)
     with pytest.raises(InputError, match="precision must be one of fp32, bf16, fp16, got 'int8'"):
         evaluate(network, Samples(2), precision="int8")
+
+
+@pytest.mark.parametrize("padding", ["top_right_zeros", "top_right_replicate", "symmetric_replicate"])
+def test_confidence_is_measured_where_there_is_one(padding: str) -> None:
+    """It belongs to its pixel whatever is padded, and only pixels of images that count do."""
+
+    def predict(left: Tensor, right: Tensor) -> Tensor:
+        disparity = brightness(left, right)
+        return torch.cat([disparity, (disparity / 400).clamp(0, 1)])
+
+    samples = Samples()
+    protocol = ProtocolConfig(padding=padding, averaging="pixel", min_valid_fraction=0.01)
+    plain, result = (evaluate(function, samples, protocol) for function in (brightness, predict))
+    assert plain.confidence is None
+    assert "confidence" not in plain.to_plain()
+    assert result.metrics == plain.metrics
+    assert result.confidence is not None
+    assert sorted(result.confidence.images) == [index for index in range(11) if index != 5]
+    errors, kept = [], 0
+    for sample in (samples[index] for index in range(11)):
+        assert sample.disparity is not None
+        prediction = (sample.left.astype(np.float32).mean(-1) + sample.right.astype(np.float32).mean(-1)) / 3
+        valid = (sample.disparity > 0) & (sample.disparity < 192)
+        sure = valid & (prediction / 400 >= 0.3)
+        errors += np.abs(prediction - sample.disparity)[sure].tolist()
+        kept += int(valid.sum())
+    row = result.confidence.kept(0.3)
+    assert row["kept"] == pytest.approx(100 * len(errors) / kept)
+    assert row["end_point_error"] == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_a_networks_confidence_is_its_own() -> None:
+    network = calibrated()
+    samples = Samples(2)
+    result = evaluate(network_predictor(network, confidence=True), samples)
+    assert result.metrics == evaluate(network, samples).metrics
+    views = [torch.from_numpy(view).permute(2, 0, 1)[None] for view in (samples[1].left, samples[1].right)]
+    with torch.no_grad():
+        _, confidence = network(*map(normalize_images, views), confidence=True)
+    truth = torch.from_numpy(samples[1].disparity)
+    valid = (truth > 0) & (truth < 192)
+    assert result.confidence is not None
+    assert result.confidence.images[1][0, 50:].sum() == (confidence[0][valid] >= 0.5).sum()
 
 
 def test_pictures_are_handed_on_as_they_come() -> None:

@@ -87,9 +87,14 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict | nn.Module, dict[str, s
     model = load_model(checkpoint, device)
     if config.regression is not None:
         model.set_regression(config.regression)
-    predict = network_predictor(optimize_for_inference(model, precision), device)
+
+    def build(precision: str = "fp32") -> Predict:
+        network = optimize_for_inference(model, precision)
+        return network_predictor(network, device, confidence=config.confidence)
+
+    predict = build(precision)
     if precision != "fp32":
-        predict = repeat_in_full(predict, lambda: network_predictor(optimize_for_inference(model), device))
+        predict = repeat_in_full(predict, build)
     return predict, {
         "method": "network",
         "checkpoint": str(config.checkpoint or checkpoint.stem),
@@ -104,9 +109,9 @@ def repeat_in_full(predict: Predict, build: Callable[[], Predict]) -> Predict:
     full: list[Predict] = []
 
     def checked(left: Tensor, right: Tensor) -> Tensor:
-        disparity = predict(left, right)
-        if disparity.isfinite().all():
-            return disparity
+        maps = predict(left, right)
+        if maps.isfinite().all():
+            return maps
         if not full:
             print("fa-stereo evaluate: pairs whose result is not finite are computed again in fp32", file=sys.stderr)
             full.append(build())

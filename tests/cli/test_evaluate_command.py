@@ -91,6 +91,7 @@ def test_one_process_and_two_write_the_same_files(
     repository: Path, scene_flow: Path, weights: Path, tmp_path: Path
 ) -> None:
     arguments = [f"checkpoint={weights}", *data_of(scene_flow), "protocol=psmnet", "workers=0", "device=cpu"]
+    arguments.append("confidence=true")
     alone = run_command(repository, *arguments, f"output_dir={tmp_path / 'one'}")
     assert alone.returncode == 0, alone.stderr
     assert "tiny.safetensors (fp32 on cpu) on scene_flow" in alone.stdout
@@ -112,6 +113,11 @@ def test_one_process_and_two_write_the_same_files(
     assert stored["source"]["dataset"]["scene_flow"]["passes"] == "clean"
     # fewer than 8 images: one batch, which is all pixels
     assert stored["metrics"] == stored["averages"]["all"]["pixel"]
+    every = stored["confidence"]["thresholds"][0]
+    assert every == pytest.approx({"from": 0, "kept": 100, **{name: stored["metrics"][name] for name in
+                                   ("end_point_error", "bad_1", "bad_3")}})  # fmt: skip
+    assert "\nconfidence       kept %     EPE px    bad-1 %    bad-3 %\nall              100.00" in alone.stdout
+    assert "bad-3 over the share kept: " in alone.stdout
 
 
 def test_another_regression(scene_flow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +179,7 @@ def test_sgbm_pictures_and_comparison(repository: Path, scene_flow: Path, tmp_pa
         (["protocol.averaging=median"], "protocol.averaging must be one of pixel, image, batch, got 'median'"),
         (["protocol.max_disparty=100"], "did you mean protocol.max_disparity?"),
         (["method=sgbm", "checkpoint=x"], "method=sgbm has no weights"),
+        (["method=sgbm", "confidence=true"], "method=sgbm has no confidence"),
         (["dataset=kitti2015", "dataset.root=/nowhere/kitti"], "/nowhere/kitti"),
         (["dataset=kitti2015"], "dataset.root"),
         (
