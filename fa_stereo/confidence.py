@@ -1,10 +1,10 @@
 """What a confidence is worth: the error of the pixels that are left where less sure ones are left out.
 
-Pixels are counted by confidence, in steps of 0.01, over all images together. From these counts follow the errors of
-what is kept from any threshold on, and the sparsification curve: the share of wrong pixels (bad-3) among the most
-confident ones, over how many are kept. Its mean over the share kept (the area under it; Hu and Mordohai 2012, "A
-Quantitative Evaluation of Confidence Measures for Stereo Vision") is compared with that of a confidence that says
-nothing, for which it is the share of wrong pixels, and of one that knows the errors.
+Pixels of all images together are counted by confidence, in small steps. From these counts follow the errors of what is
+kept from a threshold on, and the sparsification curve: the share of wrong pixels (bad-3) among the surest ones, over
+how many of them are kept. The area under it (Hu and Mordohai 2012, "A Quantitative Evaluation of Confidence Measures
+for Stereo Vision") is given beside that of a confidence that says nothing, which is the share of wrong pixels, and of
+one that knows the errors.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-STEPS = 100
-THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-"""Confidences from which the table keeps pixels, multiples of 1 / STEPS."""
+from fa_stereo.errors import InputError
+
+EDGES = np.concatenate([np.arange(100) / 100, 1 - 10 ** -np.linspace(2, 6, 201), [1.0]]).astype(np.float32)
+"""Where the steps begin: every 0.01, and from 0.99 on fifty for each further nine, as most pixels lie there."""
+
+THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+"""Confidences from which the table keeps pixels; each is one of ``EDGES``."""
 
 
 @dataclass
@@ -27,64 +31,79 @@ class ConfidenceCounts:
     """Pixels and their errors by confidence.
 
     Attributes:
-        images: By an image's index: its pixels, the sum of their errors in px, and how many have an error above 1 and
-            above 3 px, float64 [4, STEPS + 1]; column i is of confidences from i / STEPS to below the next.
+        by_image: For an image's index the number of its pixels, the sum of their errors in px, and how many have an
+            error above 1 and above 3 px, float64 [4, E]: column i is of confidences from ``EDGES[i]`` to the next.
     """
 
-    images: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    by_image: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
     def update(
-        self, index: int, confidence: NDArray[np.float32], prediction: NDArray[np.float32],
-        target: NDArray[np.float32], valid: NDArray[np.bool_],
-    ) -> None:  # fmt: skip
+        self,
+        index: int,
+        name: str,
+        confidence: NDArray[np.float32],
+        prediction: NDArray[np.float32],
+        target: NDArray[np.float32],
+        valid: NDArray[np.bool_],
+    ) -> None:
         """Take in one image.
 
         Args:
             index: Its position among the evaluated images.
+            name: Its name, for errors.
             confidence: From 0 to 1, [H, W].
             prediction: Disparity in pixels, [H, W].
             target: Ground truth in pixels, [H, W].
             valid: Which pixels count, [H, W].
+
+        Raises:
+            InputError: A confidence is not a number from 0 to 1.
         """
+        if not ((confidence >= 0) & (confidence <= 1)).all():
+            raise InputError(f"{name}: the predicted confidence is not from 0 to 1 everywhere; the weights are broken")
         error = np.abs(prediction[valid].astype(np.float64) - target[valid])
-        edges = (np.arange(1, STEPS + 1) / STEPS).astype(np.float32)  # as a threshold is compared with a confidence
-        place = np.searchsorted(edges, confidence[valid], side="right")
+        place = np.searchsorted(EDGES, confidence[valid], side="right") - 1
         rows = (np.ones_like(error), error, error > 1, error > 3)
-        self.images[index] = np.stack([np.bincount(place, row.astype(np.float64), STEPS + 1) for row in rows])
+        self.by_image[index] = np.stack([np.bincount(place, row.astype(np.float64), len(EDGES)) for row in rows])
 
     @staticmethod
     def merge(parts: Iterable[ConfidenceCounts]) -> ConfidenceCounts:
         """Join what several processes saw."""
-        return ConfidenceCounts({index: counts for part in parts for index, counts in part.images.items()})
+        return ConfidenceCounts({index: counts for part in parts for index, counts in part.by_image.items()})
 
     def total(self) -> NDArray[np.float64]:
-        """Return the sums over all images, float64 [4, STEPS + 1], whoever saw them: they are added by their index."""
-        total = np.zeros((4, STEPS + 1))
-        for index in sorted(self.images):
-            total += self.images[index]
+        """Return the sums over all images, float64 [4, E]; they are added in the order of their indices."""
+        total = np.zeros((4, len(EDGES)))
+        for index in sorted(self.by_image):
+            total += self.by_image[index]
         return total
 
     def kept(self, threshold: float) -> dict[str, float]:
         """Return what is left from a confidence on.
 
         Args:
-            threshold: A multiple of 1 / STEPS.
+            threshold: One of ``EDGES``, compared as float32.
 
         Returns:
-            Percentage of the pixels, and their ``end_point_error`` (px), ``bad_1`` and ``bad_3`` (%); NaN of none.
+            ``kept``, the percentage of the pixels, and their ``end_point_error`` (px), ``bad_1`` and ``bad_3`` (%);
+            NaN of no pixels.
+
+        Raises:
+            ValueError: The threshold is none of ``EDGES``.
         """
+        if np.float32(threshold) not in EDGES:
+            raise ValueError(f"confidences are not counted from {threshold:g} on")
         sums = self.total()
-        pixels, absolute_error, bad_1, bad_3 = sums[:, round(threshold * STEPS) :].sum(1)
-        total = sums[0].sum()
+        pixels, absolute_error, bad_1, bad_3 = sums[:, np.searchsorted(EDGES, np.float32(threshold)) :].sum(1)
         return {
-            "kept": 100 * pixels / total if total else math.nan,
-            "end_point_error": absolute_error / pixels if pixels else math.nan,
-            "bad_1": 100 * bad_1 / pixels if pixels else math.nan,
-            "bad_3": 100 * bad_3 / pixels if pixels else math.nan,
+            "kept": _ratio(100 * pixels, sums[0].sum()),
+            "end_point_error": _ratio(absolute_error, pixels),
+            "bad_1": _ratio(100 * bad_1, pixels),
+            "bad_3": _ratio(100 * bad_3, pixels),
         }
 
     def sparsification(self) -> dict[str, float]:
-        """Return the mean of bad-3 over the share of pixels kept, in %, the surest first, and its two bounds.
+        """Return the area under the curve of bad-3 over the share of pixels kept, in %, and its two bounds.
 
         Returns:
             ``own``; ``by_chance``, of a confidence that says nothing; ``at_best``, of one that knows the errors. NaN
@@ -105,28 +124,31 @@ class ConfidenceCounts:
         return {"own": 100 * area / total, "by_chance": 100 * share, "at_best": 100 * best}
 
     def to_plain(self) -> dict[str, Any]:
-        """Return thresholds and curve for ``metrics.json``."""
+        """Return both for ``metrics.json``: over all pixels of all images, px and %."""
         return {
             "thresholds": [{"from": threshold, **self.kept(threshold)} for threshold in THRESHOLDS],
-            "bad_3_over_kept": self.sparsification(),
+            "area_under_bad_3_over_kept": self.sparsification(),
         }
 
     def table(self) -> str:
-        """Return thresholds and curve as text for a person."""
-        lines = [f"{'confidence':<13}{'kept %':>10}{'EPE px':>11}{'bad-1 %':>11}{'bad-3 %':>11}"]
+        """Return both as text for a person."""
+        lines = [f"{'confidence':<13}{'kept %':>10}{'EPE px':>11}{'bad-1 %':>11}{'bad-3 %':>11}   over all pixels"]
         for threshold in THRESHOLDS:
             row = self.kept(threshold)
-            cells = [
-                f"{row['kept']:.2f}",
-                f"{row['end_point_error']:.3f}",
-                f"{row['bad_1']:.2f}",
-                f"{row['bad_3']:.2f}",
-            ]
-            name = f"from {threshold:g}" if threshold else "all"
-            lines.append(f"{name:<13}{cells[0]:>10}" + "".join(f"{cell:>11}" for cell in cells[1:]))
-        curve = self.sparsification()
+            cells = f"{_text(row['kept']):>10}{_text(row['end_point_error'], 3):>11}"
+            cells += f"{_text(row['bad_1']):>11}{_text(row['bad_3']):>11}"
+            lines.append(f"{f'from {threshold:g}' if threshold else 'all':<13}{cells}")
+        own, by_chance, at_best = (_text(area) for area in self.sparsification().values())
         lines.append(
-            f"bad-3 over the share kept: {curve['own']:.2f} % in the mean; {curve['by_chance']:.2f} % for a confidence "
-            f"that says nothing, {curve['at_best']:.2f} % for one that knows the errors"
+            f"area under bad-3 over the share kept: {own} %; of a confidence that says nothing {by_chance} %, of one "
+            f"that knows the errors {at_best} %"
         )
-        return "\n".join(lines).replace("nan", "  -")
+        return "\n".join(lines)
+
+
+def _ratio(value: float, total: float) -> float:
+    return value / total if total else math.nan
+
+
+def _text(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"

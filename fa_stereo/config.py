@@ -43,7 +43,7 @@ def _check_positive(name: str, value: float | int | None, *, zero: bool = False,
         if none:
             return
         raise InputError(f"{name} must be given")
-    if value < 0 or (value == 0 and not zero):
+    if not value >= 0 or (value == 0 and not zero):  # NaN is not
         raise InputError(f"{name} must be {'zero or more' if zero else 'positive'}, got {value}")
 
 
@@ -515,8 +515,9 @@ class TrainerConfig:
     Attributes:
         epochs: Passes over the training pairs.
         max_steps: Stop after this many optimizer steps, whatever ``epochs`` says; None does not.
-        max_minutes: Stop after so many minutes, whatever ``epochs`` and ``max_steps`` say, and spread the schedule over
-            them. Validations count, and what the run took before it was resumed. None does not stop.
+        max_minutes: Train by the clock instead: begin no step after so many minutes, and spread a cosine, linear or
+            one_cycle schedule over them (warm-up goes by steps). ``epochs`` and ``max_steps`` do not count then.
+            Start-up, validations and writing come on top; time before a resumption counts. Not the same bits twice.
         batch_size: Samples per optimizer step, over all processes and accumulated micro-batches.
         micro_batch_size: Samples per forward pass and process; None does the process's share at once.
         precision: fp32, bf16 or fp16 (fp16 with loss scaling).
@@ -701,7 +702,8 @@ class EvaluateConfig:
         worst: Write left view, ground truth, prediction and error of so many images with the largest error.
         contact_sheet: Write ``contact_sheet.png``, one picture with small ones of the same of so many images, evenly
             spread over the data set.
-        confidence: Measure the network's confidence too: the error of what is kept from several thresholds on.
+        confidence: Measure the network's confidence too, over all pixels: the errors of what is kept from several
+            thresholds on, and the area under the sparsification curve; printed, and in ``metrics.json``.
         regression: ``expectation`` or ``modal`` (see ``ModelConfig``); None takes what belongs to the weights.
         precision: ``fp32``, ``bf16``, ``fp16``, ``mixed`` (``fa_stereo.inference.choose_precision``) or ``auto``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.

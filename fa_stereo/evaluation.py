@@ -124,7 +124,7 @@ def evaluate(
         items, batch_size=None, **process_options(items, min(workers, len(mine), available_cores()))
     )
     function = network_predictor(predict, device, precision) if isinstance(predict, nn.Module) else predict
-    streaming, confidence = StreamingMetrics(protocol), ConfidenceCounts()
+    streaming, counts = StreamingMetrics(protocol), ConfidenceCounts()
     failure: Exception | None = None
     hide = True if not progress or distributed.rank() > 0 else None  # None: hidden unless stderr is a terminal
     try:
@@ -133,13 +133,13 @@ def evaluate(
             for index, item in zip(mine, bar, strict=True):
                 if isinstance(item, Exception):
                     raise item
-                image = _evaluate_image(function, index, item, streaming, confidence)
+                image = _evaluate_image(function, index, item, streaming, counts)
                 if on_image is not None:
                     on_image(image)
     except (InputError, OSError) as error:
         failure = error  # told to all processes: the others would wait for this one forever
-    gathered = distributed.gather_objects((streaming, confidence, failure))
-    parts, confidences, failures = zip(*gathered, strict=True)
+    gathered = distributed.gather_objects((streaming, counts, failure))
+    parts, all_counts, failures = zip(*gathered, strict=True)
     for failed in failures:
         if failed is not None:
             raise failed
@@ -148,8 +148,8 @@ def evaluate(
         notes.append(f"the data set has {count:,} images, the protocol's {protocol.expected_images:,}")
     if len(chosen) < len(selected):
         notes.append(f"only the first {len(chosen):,} of its {len(selected):,} images were evaluated")
-    confidence = ConfidenceCounts.merge(confidences)
-    return EvaluationResult(StreamingMetrics.merge(parts), notes, confidence=confidence if confidence.images else None)
+    counts = ConfidenceCounts.merge(all_counts)
+    return EvaluationResult(StreamingMetrics.merge(parts), notes, confidence=counts if counts.by_image else None)
 
 
 def select_images(count: int, protocol: ProtocolConfig) -> list[int]:
@@ -168,13 +168,13 @@ def network_predictor(
     *,
     confidence: bool = False,
 ) -> Predict:
-    """Return a function from uint8 views to disparity by a network on normalised pictures.
+    """Return a function from uint8 views to disparity, [1, H, W], by a network on normalised pictures.
 
     Args:
-        network: In eval mode it returns disparity [B, H, W].
+        network: In eval mode it returns disparity [B, H, W], and with ``confidence=True`` confidence likewise.
         device: Where to compute; None is where the network's parameters are.
         precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast.
-        confidence: Ask the network for its confidence too.
+        confidence: Ask the network for its confidence too, and return [2, H, W].
 
     Raises:
         InputError: The precision is unknown.
@@ -235,21 +235,23 @@ class _Items(Dataset[Any]):
 
 
 def _evaluate_image(
-    predict: Predict, index: int, item: dict[str, Any], streaming: StreamingMetrics, confidence: ConfidenceCounts
+    predict: Predict, index: int, item: dict[str, Any], streaming: StreamingMetrics, counts: ConfidenceCounts
 ) -> EvaluatedImage:
     protocol, name = streaming.protocol, item["name"]
     if protocol.crop is not None:
         item = {key: _crop(value, protocol.crop) if isinstance(value, Tensor) else value for key, value in item.items()}
     left, right, target = item["left"], item["right"], item["disparity"].numpy()
     maps: NDArray[np.float32] = predict_padded(predict, left[None], right[None], protocol).float().cpu().numpy()
+    if len(maps) > 2:
+        raise ValueError(f"{name}: predicted {len(maps)} maps, not disparity, or disparity and confidence")
     prediction = maps[0]  # [H, W]
     if prediction.shape != target.shape:
         raise ValueError(f"{name}: predicted {list(prediction.shape)}, but the ground truth is {list(target.shape)}")
     occluded = item["occluded"].numpy() if "occluded" in item else None
     errors = streaming.update(index, name, prediction, target, occluded)
     valid = valid_mask(target, protocol.min_disparity, protocol.max_disparity)
-    if len(maps) == 2 and not errors.skipped:
-        confidence.update(index, maps[1], prediction, target, valid)
+    if len(maps) == 2:
+        counts.update(index, name, maps[1], prediction, target, valid & (not errors.skipped))
     return EvaluatedImage(
         left=left.permute(1, 2, 0).numpy(),
         right=right.permute(1, 2, 0).numpy(),

@@ -13,7 +13,7 @@ def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int, ep
     Args:
         config: The schedule.
         step: Optimizer steps already taken: 0 in the first.
-        total_steps: Steps of the whole run.
+        total_steps: Steps of the whole run, or as many as are expected by now.
         epoch: Passes over the training pairs already made, for ``multi_step``.
 
     Returns:

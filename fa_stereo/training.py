@@ -4,7 +4,8 @@
 
 What a run does next depends on its weights, its optimizer and the number of steps taken, and on nothing else: the data
 order and the learning rate are pure functions of the step (``fa_stereo.sampling``, ``fa_stereo.schedules``). So a run
-that was killed and resumed ends, on the CPU, with the very weights of one that was not.
+that was killed and resumed ends, on the CPU, with the very weights of one that was not. (With ``trainer.max_minutes``
+the learning rate goes by the clock, and no two runs are the same.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import random
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections import deque
@@ -137,7 +139,13 @@ class Trainer:
         self.total_steps = max(1, self.settings.epochs * self.stream.samples // self.settings.batch_size)
         if self.settings.max_steps is not None:
             self.total_steps = min(self.total_steps, self.settings.max_steps)
-        self.time_used = 0.0  # share of ``max_minutes``
+        if self.settings.max_minutes is not None:
+            if config.schedule.kind == "multi_step":
+                raise InputError(
+                    "trainer.max_minutes does not go with schedule=multi_step, whose milestones are epochs: "
+                    "take schedule=cosine, linear, one_cycle or constant"
+                )
+            self.total_steps = sys.maxsize  # until the time is over
 
         _seed_everything(self.settings.seed)
         self.model = build_model(config.model)
@@ -169,6 +177,7 @@ class Trainer:
         self.history: History | None = None
         self.started = time.perf_counter()
         self.seconds: float | None = 0.0  # that the run took before
+        self.step_seconds = 0.0  # that all steps took, loading included, validations and writing not
         self.machine = describe_device(self.device, distributed.world_size())
         self.machines = [self.machine]
         self.step_times: deque[tuple[float, float]] = deque(maxlen=1000)  # wall and processor seconds of late
@@ -194,10 +203,11 @@ class Trainer:
             TrainingError: The loss is no longer finite, or a checkpoint cannot be written.
             InputError: A training pair cannot be read.
         """
-        minutes = "" if self.settings.max_minutes is None else f" or {self.settings.max_minutes:g} minutes"
+        minutes = self.settings.max_minutes
+        length = f"{self.total_steps}" if minutes is None else f"{minutes:g} minutes of"
         self._tell(
-            "%s: %d pairs, %d steps of %d%s, from step %d, on %s (%s)", self.output_dir, self.stream.samples,
-            self.total_steps, self.settings.batch_size, minutes, self.step, self.machine, self.settings.precision,
+            "%s: %d pairs, %s steps of %d, from step %d, on %s (%s)", self.output_dir, self.stream.samples,
+            length, self.settings.batch_size, self.step, self.machine, self.settings.precision,
         )  # fmt: skip
         log = None
         if self.is_first:
@@ -205,7 +215,7 @@ class Trainer:
             self.history = History(self.output_dir, self.validated_step)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            log = TrainingLog(self.output_dir, self.step, self.total_steps)
+            log = TrainingLog(self.output_dir, self.step)
         try:
             with StopRequest() as stop, logging_redirect_tqdm():
                 finished = self._loop(log, stop)
@@ -220,17 +230,22 @@ class Trainer:
 
     def _loop(self, log: TrainingLog | None, stop: StopRequest) -> bool:
         """Take all steps that are left; return False if asked to stop before the last."""
-        self._look_at_the_clock()
+        self._end_by_the_clock()
         # A run that was stopped during a validation still owes it.
+        validated_step = self.validated_step
         if not self._validate_if_due(log, stop):
             return False
+        if self.validated_step > validated_step and self.step == self.total_steps:
+            self._save("last.pt")  # there is no step left that would
         self._train_mode()
+        begin = time.perf_counter()
         for batch in self._batches():
             start = time.perf_counter(), time.process_time()
             values = self.train_step(batch, log)
             self.step_times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
             self.step += 1
-            self._look_at_the_clock()
+            self.step_seconds += time.perf_counter() - begin
+            self._end_by_the_clock()
             if log:
                 self._report(log, values)
             stopping = self._all_agree_to_stop(stop) or not self._validate_if_due(log, stop)
@@ -239,23 +254,23 @@ class Trainer:
                 return False
             if self.step == self.total_steps:
                 break
+            begin = time.perf_counter()
         return True
 
-    def _look_at_the_clock(self) -> None:
-        """Note how much of the run's time is used; where it is all, the step just made is the last."""
+    def _end_by_the_clock(self) -> None:
+        """With ``max_minutes``, agree on the time used; where it is all of it, the step just made was the last."""
         if self.settings.max_minutes is None:
             return
-        seconds = (self.seconds or 0.0) + time.perf_counter() - self.started
-        self.time_used = distributed.broadcast_object(seconds / (60 * self.settings.max_minutes))
-        if self.time_used >= 1:
-            self.total_steps = min(self.total_steps, max(self.step, 1))
+        self.step_seconds = distributed.broadcast_object(self.step_seconds)
+        if self.step_seconds >= 60 * self.settings.max_minutes:
+            self.total_steps = self.step
 
     @property
-    def expected_steps(self) -> int:
-        """Steps of the whole run, as far as can be told: with ``max_minutes`` those that the time so far promises."""
-        if not self.time_used or not self.step:
+    def expected_steps(self) -> int | None:
+        """Steps of the whole run: with ``max_minutes`` as many as the time so far promises, None before the first."""
+        if self.settings.max_minutes is None or self.total_steps == self.step:
             return self.total_steps
-        return min(self.total_steps, max(self.step, round(self.step / self.time_used)))
+        return round(self.step * 60 * self.settings.max_minutes / self.step_seconds) if self.step_seconds else None
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this process's share of every step that is left, on the host."""
@@ -284,7 +299,7 @@ class Trainer:
         disparity = batch["disparity"].to(self.device, non_blocking=True)  # [B, H, W]
         counts = distributed.sum_over_processes(self.loss.count(disparity))
         rate = self.config.optimizer.learning_rate * learning_rate_factor(
-            self.config.schedule, self.step, self.expected_steps, self.epoch
+            self.config.schedule, self.step, self.expected_steps or self.total_steps, self.epoch
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -551,6 +566,7 @@ class Trainer:
             "validation": self.validation,
             "history": self.history.lines if self.history else [],
             "seconds": None if self.seconds is None else self.seconds + time.perf_counter() - self.started,
+            "step_seconds": self.step_seconds,
             "machines": self.machines,
             "rendered_pairs": self.rendered_pairs,
             "started_from": self.started_from,
@@ -596,6 +612,7 @@ class Trainer:
         if state["config"]["model"].get("regression", "expectation") != self.config.model.regression:
             self.best = {}  # what is validated is another prediction: errors cannot be compared
         self.seconds, self.started_from = state.get("seconds"), state.get("started_from")
+        self.step_seconds = state.get("step_seconds", self.seconds or 0.0)  # older checkpoints do not have it
         self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
         if distributed.rank() < len(state["random_states"]):
             _set_random_state(state["random_states"][distributed.rank()])

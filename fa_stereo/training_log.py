@@ -33,16 +33,15 @@ class TrainingLog:
     Args:
         folder: Where TensorBoard's files go.
         first_step: Step the run begins at; what an interrupted run wrote beyond it is dropped from the curves.
-        total_steps: Step the run ends at.
     """
 
-    def __init__(self, folder: Path, first_step: int, total_steps: int) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
 
         self._writer: Any = None
         with self._writing():
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(initial=first_step, unit="step", disable=None, dynamic_ncols=True)
         self._on_terminal = sys.stderr.isatty()
         self._line_due = 0.0  # the first step is always told
         self._speed_start = (time.perf_counter(), 0)
@@ -75,8 +74,18 @@ class TrainingLog:
             if self._writer:
                 self._writer.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
 
-    def advance(self, step: int, total_steps: int, epoch: float, samples: int, values: Mapping[str, float]) -> None:
-        """Move the progress bar by one step of so many, or write a line if one is due."""
+    def advance(
+        self, step: int, total_steps: int | None, epoch: float, samples: int, values: Mapping[str, float]
+    ) -> None:
+        """Move the progress bar by one step, or write a line if one is due.
+
+        Args:
+            step: Steps made.
+            total_steps: Of the whole run, as far as is known now.
+            epoch: Passes over the training pairs made.
+            samples: Of this step.
+            values: What ``Trainer.train_step`` returned.
+        """
         self._samples += samples
         self.bar.total = total_steps
         self.bar.update()
@@ -86,8 +95,8 @@ class TrainingLog:
         if not self._on_terminal and (time.perf_counter() >= self._line_due or step == total_steps):
             self._line_due = time.perf_counter() + LINE_EVERY_SECONDS
             logger.info(
-                "step %d/%d  epoch %.2f  loss %.4g  EPE %.3f px  learning rate %.3g",
-                step, total_steps, epoch, values["loss/total"], values["train/end_point_error"],
+                "step %d/%s  epoch %.2f  loss %.4g  EPE %.3f px  learning rate %.3g",
+                step, total_steps or "?", epoch, values["loss/total"], values["train/end_point_error"],
                 values["train/learning_rate"],
             )  # fmt: skip
 

@@ -7,14 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from fa_stereo.confidence import STEPS, THRESHOLDS, ConfidenceCounts
+from fa_stereo.confidence import EDGES, THRESHOLDS, ConfidenceCounts
+from fa_stereo.errors import InputError
 
 
 def counts_of(confidence: list[float], error: list[float]) -> ConfidenceCounts:
     counts = ConfidenceCounts()
     target = np.full(len(error), 10, np.float32)
     prediction = target + np.array(error, np.float32)
-    counts.update(0, np.array(confidence, np.float32), prediction, target, np.ones(len(error), bool))
+    counts.update(0, "one", np.array(confidence, np.float32), prediction, target, np.ones(len(error), bool))
     return counts
 
 
@@ -29,12 +30,19 @@ def test_thresholds_by_hand() -> None:
     assert all(math.isnan(none[name]) for name in ("end_point_error", "bad_1", "bad_3"))
 
 
-def test_every_threshold_is_a_step_and_compares_as_float32() -> None:
-    for step in range(1, STEPS + 1):
-        threshold = step / STEPS
+def test_every_threshold_is_counted_from_and_compares_as_float32() -> None:
+    for threshold in THRESHOLDS[1:]:
         at, below = np.float32(threshold), np.nextafter(np.float32(threshold), np.float32(0))
         assert counts_of([at, below], [0, 0]).kept(threshold)["kept"] == 50
-    assert all(round(threshold * STEPS) == pytest.approx(threshold * STEPS) for threshold in THRESHOLDS)
+    assert (np.diff(EDGES) >= 0).all()
+    with pytest.raises(ValueError, match=r"not counted from 0\.555 on"):
+        counts_of([0.5], [0]).kept(0.555)
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.1, 1.1])
+def test_what_is_no_confidence_is_refused(value: float) -> None:
+    with pytest.raises(InputError, match="one: the predicted confidence is not from 0 to 1"):
+        counts_of([0.5, value], [0, 0])
 
 
 def test_invalid_pixels_do_not_count_and_images_add_up() -> None:
@@ -45,10 +53,10 @@ def test_invalid_pixels_do_not_count_and_images_add_up() -> None:
         images.append((confidence, 9 * prediction, 9 * target, rng.random((8, 9)) < 0.7))
     together = ConfidenceCounts()
     for index, image in enumerate(images):
-        together.update(index, *image)
+        together.update(index, "image", *image)
     parts = [ConfidenceCounts() for _ in range(2)]
     for index in (2, 0, 1):
-        parts[index % 2].update(index, *images[index])
+        parts[index % 2].update(index, "image", *images[index])
     merged = ConfidenceCounts.merge(parts)
     assert merged.to_plain() == together.to_plain()  # to the last bit
     confidence, prediction, target, valid = (np.stack(part) for part in zip(*images, strict=True))
@@ -61,21 +69,18 @@ def test_invalid_pixels_do_not_count_and_images_add_up() -> None:
         })  # fmt: skip
 
 
-def test_sparsification_by_brute_force() -> None:
-    """The curve is the mean, over how many are kept, of the share of wrong ones among them."""
+@pytest.mark.parametrize("sure", [0.5, 0.05, 1e-4])
+def test_sparsification_by_brute_force(sure: float) -> None:
+    """The area is the mean, over how many are kept, of the share of wrong ones: of sure networks as of unsure ones."""
     rng = np.random.default_rng(5)
-    confidence = np.repeat(rng.permutation(STEPS)[:60] / STEPS, 500) + 0.005
-    wrong = rng.random(len(confidence)) > confidence
+    confidence = (1 - sure * rng.random(40000) ** 2).astype(np.float32)
+    wrong = rng.random(len(confidence)) < (1 - confidence) / sure
     curve = counts_of(confidence.tolist(), (4.0 * wrong).tolist()).sparsification()
-    # within a step the wrong ones come evenly
-    order = np.argsort(-confidence, kind="stable").reshape(60, 500)
-    evenly = np.repeat(wrong[order].mean(1), 500)
-    expected = 100 * (np.cumsum(evenly) / np.arange(1, len(evenly) + 1)).mean()
-    assert curve["own"] == pytest.approx(expected, rel=1e-3)
+    kept = np.arange(1, len(wrong) + 1)
+    assert curve["own"] == pytest.approx(100 * (np.cumsum(wrong[np.argsort(-confidence)]) / kept).mean(), rel=0.03)
     assert curve["by_chance"] == pytest.approx(100 * wrong.mean())
-    best = np.sort(wrong)
-    assert curve["at_best"] == pytest.approx(100 * (np.cumsum(best) / np.arange(1, len(best) + 1)).mean(), rel=1e-3)
-    assert curve["at_best"] < curve["own"] < curve["by_chance"]
+    assert curve["at_best"] == pytest.approx(100 * (np.cumsum(np.sort(wrong)) / kept).mean(), rel=1e-3)
+    assert curve["at_best"] < curve["own"] < 0.7 * curve["by_chance"]
 
 
 def test_bounds_of_the_curve() -> None:
@@ -87,15 +92,16 @@ def test_bounds_of_the_curve() -> None:
         {"own": 100, "by_chance": 100, "at_best": 100}
     )
     nothing = ConfidenceCounts()
-    nothing.update(0, *np.zeros((3, 2, 2), np.float32), np.zeros((2, 2), bool))
+    nothing.update(0, "one", *np.zeros((3, 2, 2), np.float32), np.zeros((2, 2), bool))
     assert all(math.isnan(value) for value in nothing.sparsification().values())
     assert "nan" not in nothing.table()
 
 
 def test_the_table() -> None:
     lines = counts_of([1.0, 0.95, 0.6, 0.2], [0.5, 1.5, 3.5, 9.0]).table().splitlines()
-    assert lines[0].split() == ["confidence", "kept", "%", "EPE", "px", "bad-1", "%", "bad-3", "%"]
+    titles = ["confidence", "kept", "%", "EPE", "px", "bad-1", "%", "bad-3", "%", "over", "all", "pixels"]
+    assert lines[0].split() == titles
     assert lines[1].split() == ["all", "100.00", "3.625", "75.00", "50.00"]
     assert lines[3].split() == ["from", "0.5", "75.00", "1.833", "66.67", "33.33"]
-    assert lines[-1].startswith("bad-3 over the share kept: ")
+    assert lines[-1].startswith("area under bad-3 over the share kept: ")
     assert len(lines) == len(THRESHOLDS) + 2

@@ -149,7 +149,7 @@ def test_confidence_is_measured_where_there_is_one(padding: str) -> None:
     assert "confidence" not in plain.to_plain()
     assert result.metrics == plain.metrics
     assert result.confidence is not None
-    assert sorted(result.confidence.images) == [index for index in range(11) if index != 5]
+    assert [index for index, counts in result.confidence.by_image.items() if not counts.any()] == [5]
     errors, kept = [], 0
     for sample in (samples[index] for index in range(11)):
         assert sample.disparity is not None
@@ -174,7 +174,14 @@ def test_a_networks_confidence_is_its_own() -> None:
     truth = torch.from_numpy(samples[1].disparity)
     valid = (truth > 0) & (truth < 192)
     assert result.confidence is not None
-    assert result.confidence.images[1][0, 50:].sum() == (confidence[0][valid] >= 0.5).sum()
+    assert result.confidence.by_image[1][0, 50:].sum() == (confidence[0][valid] >= 0.5).sum()
+
+
+def test_confidence_without_a_pixel_and_other_maps() -> None:
+    nothing = evaluate(lambda left, right: brightness(left, right).expand(2, -1, -1) / 1000, [Samples()[5]])
+    assert nothing.to_plain()["confidence"]["thresholds"][0]["kept"] is None
+    with pytest.raises(ValueError, match="scene/0000: predicted 3 maps"):
+        evaluate(lambda left, right: brightness(left, right).expand(3, -1, -1), Samples(1))
 
 
 def test_pictures_are_handed_on_as_they_come() -> None:

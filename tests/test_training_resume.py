@@ -252,72 +252,92 @@ def test_a_finished_run_can_be_made_longer(pairs: Path, tmp_path: Path, caplog: 
 
 
 class Clock:
-    """Stands in for the module ``time``: a minute for every step that the trainer has made, and what is added."""
+    """Stands in for the module ``time``: steps take a minute, validations seven, and building a trainer fifty."""
 
-    def __init__(self) -> None:
-        self.trainer: Trainer | None = None
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.minutes = 1000.0
+        monkeypatch.setattr(fa_stereo.training, "time", self)
+        for name, minutes in {"train_step": 1, "validate": 7, "__init__": 50}.items():
+            monkeypatch.setattr(Trainer, name, self._taking(minutes, getattr(Trainer, name)))
+
+    def _taking(self, minutes: float, function: Any) -> Any:
+        def slow(*arguments: Any, **options: Any) -> Any:
+            self.minutes += minutes
+            return function(*arguments, **options)
+
+        return slow
 
     def perf_counter(self) -> float:
-        return 60 * (self.minutes + (self.trainer.step if self.trainer else 0))
+        return 60 * self.minutes
 
     process_time = perf_counter
 
 
-def run_by(clock: Clock, config: TrainConfig, stop_after: int | None = None) -> Trainer:
-    clock.trainer = None
-    trainer = Trainer(config)
-    clock.minutes += 0 if trainer.step == 0 else 5000  # a pause between the runs, which does not count
-    trainer.started = clock.perf_counter()
-    clock.trainer, clock.minutes = trainer, clock.minutes - trainer.step
-    if stop_after is not None:
-        report = trainer._report
-
-        def report_and_stop(*arguments: Any) -> None:
-            report(*arguments)
-            if trainer.step == stop_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        trainer._report = report_and_stop
-    assert trainer.run().finished == (stop_after is None)
-    return trainer
-
-
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "one_cycle"])
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_run_by_the_clock(
-    stopped: bool, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    stopped: bool, schedule: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """Ten minutes of a minute a step are ten steps, with the learning rates of a run of ten steps, resumed or not."""
     common = {
-        "schedule__kind": "cosine", "trainer__validate_every_steps": 100,
+        "schedule__kind": schedule, "trainer__validate_every_steps": 3, "trainer__validate_at_start": True,
         "data__validation": DatasetConfig("pairs", str(pairs)),
     }  # fmt: skip
     Trainer(tiny_config(pairs, tmp_path / "steps", trainer__max_steps=10, trainer__epochs=99, **common)).run()
-    clock = Clock()
-    monkeypatch.setattr(fa_stereo.training, "time", clock)
-    by_clock = tiny_config(pairs, tmp_path / "minutes", trainer__max_minutes=10, trainer__epochs=99, **common)
+    Clock(monkeypatch)
+    by_clock = tiny_config(pairs, tmp_path / "minutes", trainer__max_minutes=10, trainer__max_steps=5, **common)
     with caplog.at_level(logging.INFO, logger="fa_stereo"):
         if stopped:
-            run_by(clock, by_clock, stop_after=4)
-        trainer = run_by(clock, by_clock)
+            trainer = Trainer(by_clock)
+            report = trainer._report
+
+            def report_and_stop(*arguments: Any) -> None:
+                report(*arguments)
+                if trainer.step == 4:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            monkeypatch.setattr(trainer, "_report", report_and_stop)
+            assert not trainer.run().finished
+        trainer = Trainer(by_clock)
+        assert trainer.run().finished
     assert trainer.step == trainer.total_steps == trainer.validated_step == 10
-    assert "148 steps of 4 or 10 minutes, from step 0" in caplog.text
+    assert "10 minutes of steps of 4, from step 0" in caplog.text
     assert "step 10/10" in caplog.text
     states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("steps", "minutes")]
     assert_identical(states[0]["model"], states[1]["model"], "model")
-    assert [line["step"] for line in states[1]["history"]] == [10]
-    again = run_by(clock, by_clock)  # there is nothing left to do
-    assert again.step == 10
+    assert [line["step"] for line in states[1]["history"]] == [0, 3, 6, 9, 10]
+    assert Trainer(by_clock).run().step == 10  # there is nothing left to do
 
 
-def test_a_run_with_time_to_spare_ends_with_its_last_step(
+def test_a_validation_that_is_owed_when_the_time_is_over(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock()
-    monkeypatch.setattr(fa_stereo.training, "time", clock)
-    assert run_by(clock, tiny_config(pairs, tmp_path, trainer__max_minutes=10, trainer__max_steps=3)).step == 3
-    with pytest.raises(InputError, match=r"trainer\.max_minutes must be positive"):
-        tiny_config(pairs, tmp_path, trainer__max_minutes=0)
+    Clock(monkeypatch)
+    config = tiny_config(pairs, tmp_path, trainer__max_minutes=3, data__validation=DatasetConfig("pairs", str(pairs)))
+    validate = Trainer.validate
+
+    def stopped(trainer: Trainer, stop: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(trainer, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", stopped)
+        patch.setattr(Trainer, "_due_or_epoch_ends", lambda trainer, every: trainer.step == trainer.total_steps)
+        result = Trainer(config).run()
+    assert (result.step, result.finished, result.validation) == (3, False, {})
+    assert Trainer(config).run().finished
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["validated_step"] == 3
+    assert state["validation"]["end_point_error"] > 0
+
+
+def test_a_clock_that_cannot_be(pairs: Path, tmp_path: Path) -> None:
+    for minutes in (0, float("nan")):
+        with pytest.raises(InputError, match=r"trainer\.max_minutes must be positive"):
+            tiny_config(pairs, tmp_path, trainer__max_minutes=minutes)
+    with pytest.raises(InputError, match=r"trainer\.max_minutes does not go with schedule=multi_step"):
+        Trainer(tiny_config(pairs, tmp_path, trainer__max_minutes=1, schedule__kind="multi_step"))
 
 
 def test_other_sources_are_told(pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

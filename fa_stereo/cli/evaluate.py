@@ -88,8 +88,8 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict | nn.Module, dict[str, s
     if config.regression is not None:
         model.set_regression(config.regression)
 
-    def build(precision: str = "fp32") -> Predict:
-        network = optimize_for_inference(model, precision)
+    def build(computed_in: str = "fp32") -> Predict:
+        network = optimize_for_inference(model, computed_in)
         return network_predictor(network, device, confidence=config.confidence)
 
     predict = build(precision)

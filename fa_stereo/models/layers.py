@@ -1,9 +1,10 @@
 """The convolution with batch norm that every part of PSMNet is made of.
 
 Convolution and norm are kept as named children, so that a fast path can fold one into the other: for prediction once
-and for all (``fa_stereo.models.optimized``), in training with frozen batch norm at every step, which saves a pass over
-the convolution's result in each direction, and keeping it for the second. In prediction on a CPU volumes too small for
-PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
+and for all (``fa_stereo.models.optimized``), in training with frozen batch norm at every step, in this module's layers
+(not in the cost volume's first convolution, which calls its norm itself). On a CPU that saves a pass over the
+convolution's result in each direction, and everywhere keeping that result for the backward pass. In prediction on a CPU
+volumes too small for PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class ConvNorm2d(nn.Module):
         """Convolve and normalise."""
         if self.step > 1:
             x = x[..., :: self.step, :: self.step]
-        if trains_frozen(self.norm):
+        if _folds(self):
             conv = self.conv
             return F.conv2d(x, *fold(conv, self.norm), conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
         out: Tensor = self.norm(self.conv(x))
@@ -61,7 +62,7 @@ class ConvNorm3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
-        if trains_frozen(self.norm):
+        if _folds(self):
             return F.conv3d(x, *fold(self.conv, self.norm), self.conv.stride, 1)
         out: Tensor = self.norm(convolve(self.conv, x))
         return out
@@ -77,25 +78,44 @@ class DeconvNorm3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
-        if trains_frozen(self.norm):
+        if _folds(self):
             return F.conv_transpose3d(x, *fold(self.conv, self.norm), 2, 1, output_padding=1)
         out: Tensor = self.norm(upsample(self.conv, x))
         return out
 
 
-def trains_frozen(norm: nn.Module) -> bool:
-    """Tell whether a gradient may be asked for through batch norm in eval mode, which is then a scale and an offset."""
-    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training and torch.is_grad_enabled()
+def _folds(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d) -> bool:
+    """Tell whether a layer computes as one convolution: batch norm is in eval mode and a gradient may be asked for.
+
+    Not under autocast, where the gradient of batch norm's weight would be a difference of two rounded numbers, and not
+    where somebody listens to one of both.
+    """
+    norm = layer.norm
+    frozen = isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training and torch.is_grad_enabled()
+    if not frozen or torch.is_autocast_enabled(norm.weight.device.type):
+        return False
+    return not (norm._forward_hooks or layer.conv._forward_hooks)
 
 
 def fold(
-    conv: nn.Conv2d | nn.Conv3d | nn.ConvTranspose3d, norm: nn.modules.batchnorm._BatchNorm
+    conv: nn.Conv2d | nn.Conv3d | nn.ConvTranspose3d,
+    norm: nn.modules.batchnorm._BatchNorm,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return kernel and bias of the one convolution that a convolution without bias and batch norm in eval mode are.
+    """Return the one convolution that a convolution without bias and batch norm in eval mode are.
 
-    ``norm(w * x) = (s w) * x + (bias - s mean)`` with ``s = weight / sqrt(var + eps)``, computed in float64. Gradients
-    pass through to both.
+    ``norm(w * x) = (s w) * x + (bias - s mean)`` with ``s = weight / sqrt(var + eps)``. Gradients pass through to both.
+
+    Args:
+        conv: The convolution.
+        norm: What follows it.
+        dtype: Type to multiply the kernel in; None takes the kernel's own, of which nothing more is kept for the
+            backward pass then. What it is multiplied by is computed in float64.
+
+    Returns:
+        Kernel, of the convolution's shape, and bias [C_out], of the kernel's type.
     """
+    assert conv.bias is None
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)  # [C_out]
@@ -103,8 +123,9 @@ def fold(
     output_axis = 1 if isinstance(conv, nn.ConvTranspose3d) else 0
     shape = [1] * conv.weight.dim()
     shape[output_axis] = -1
-    weight = conv.weight.double() * scale.view(shape)
-    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+    dtype = dtype or conv.weight.dtype
+    kernel = conv.weight.to(dtype) * scale.to(dtype).view(shape)
+    return kernel.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
 def convolve(conv: nn.Conv3d, x: Tensor, padding: int = 1) -> Tensor:

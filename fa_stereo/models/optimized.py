@@ -104,7 +104,7 @@ def fold_batch_norms(model: PSMNet) -> None:
 @torch.no_grad()
 def fold_batch_norm(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d) -> None:
     """Replace a convolution and its batch norm by one convolution with a bias, in place."""
-    weight, bias = fold(layer.conv, layer.norm)
+    weight, bias = fold(layer.conv, layer.norm, torch.float64)
     layer.conv.weight = nn.Parameter(weight, requires_grad=False)
     layer.conv.bias = nn.Parameter(bias, requires_grad=False)
     layer.norm = nn.Identity()  # type: ignore[assignment]

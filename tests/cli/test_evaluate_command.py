@@ -116,8 +116,8 @@ def test_one_process_and_two_write_the_same_files(
     every = stored["confidence"]["thresholds"][0]
     assert every == pytest.approx({"from": 0, "kept": 100, **{name: stored["metrics"][name] for name in
                                    ("end_point_error", "bad_1", "bad_3")}})  # fmt: skip
-    assert "\nconfidence       kept %     EPE px    bad-1 %    bad-3 %\nall              100.00" in alone.stdout
-    assert "bad-3 over the share kept: " in alone.stdout
+    assert "\nconfidence       kept %     EPE px    bad-1 %    bad-3 %   over all pixels\nall " in alone.stdout
+    assert "area under bad-3 over the share kept: " in alone.stdout
 
 
 def test_another_regression(scene_flow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
