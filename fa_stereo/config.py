@@ -435,19 +435,23 @@ class LossConfig:
     Attributes:
         output_weights: Weight of each output, first to last; the last ones are used if the network has fewer.
         mask_zero: Leave out pixels with disparity 0 (GwcNet's mask; PSMNet masks d < max_disparity only).
+        smooth_l1_beta: Error in pixels at which smooth L1 turns from a parabola, ``e^2 / (2 beta)``, into a line, ``e -
+            beta / 2``. 1 is PSMNet's; less makes small errors count as much as large ones, 0 all alike (L1).
         cross_entropy_weight: Weight of an auxiliary cross-entropy on the quarter-resolution scores; 0 is off, as in
             the paper's experiments.
     """
 
     output_weights: list[float] = field(default_factory=lambda: [0.5, 0.7, 1.0])
     mask_zero: bool = False
+    smooth_l1_beta: float = 1.0
     cross_entropy_weight: float = 0.0
 
     def __post_init__(self) -> None:
         self.output_weights = list(self.output_weights)
         if not self.output_weights or min(self.output_weights) < 0:
             raise InputError(f"loss.output_weights must be numbers of zero or more, got {self.output_weights}")
-        _check_positive("loss.cross_entropy_weight", self.cross_entropy_weight, zero=True)
+        for name in ("smooth_l1_beta", "cross_entropy_weight"):
+            _check_positive(f"loss.{name}", getattr(self, name), zero=True)
 
 
 @dataclass

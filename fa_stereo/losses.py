@@ -93,8 +93,10 @@ class StereoLoss:
         # Where nothing is known the target is replaced before the difference is taken: inf times zero is NaN.
         target = torch.where(valid, disparity, 0.0)
 
+        beta = self.config.smooth_l1_beta
         outputs = tuple(
-            torch.where(valid, F.smooth_l1_loss(prediction.float(), target, reduction="none"), 0.0).sum() / pixels
+            torch.where(valid, F.smooth_l1_loss(prediction.float(), target, reduction="none", beta=beta), 0.0).sum()
+            / pixels
             for prediction in output.disparities
         )
         total = torch.stack([w * term for w, term in zip(self.output_weights, outputs, strict=True)]).sum()

@@ -52,6 +52,7 @@ def test_the_defaults_are_the_papers_run() -> None:
         assert (config.schedule.kind, config.schedule.warmup_steps) == ("constant", 0)
         assert config.loss.output_weights == [0.5, 0.7, 1.0]
         assert config.loss.cross_entropy_weight == 0
+        assert config.loss.smooth_l1_beta == 1
         assert not config.loss.mask_zero
         assert (config.trainer.precision, config.trainer.gradient_clip_norm, config.trainer.ema_decay) == (
             "fp32",
