@@ -15,6 +15,7 @@ Examples:
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ def _check_positive(name: str, value: float | int | None, *, zero: bool = False,
         if none:
             return
         raise InputError(f"{name} must be given")
-    if not value >= 0 or (value == 0 and not zero):  # NaN is not
+    if not 0 <= value < math.inf or (value == 0 and not zero):  # NaN is not, either
         raise InputError(f"{name} must be {'zero or more' if zero else 'positive'}, got {value}")
 
 
@@ -436,7 +437,7 @@ class LossConfig:
         output_weights: Weight of each output, first to last; the last ones are used if the network has fewer.
         mask_zero: Leave out pixels with disparity 0 (GwcNet's mask; PSMNet masks d < max_disparity only).
         smooth_l1_beta: Error in pixels at which smooth L1 turns from a parabola, ``e^2 / (2 beta)``, into a line, ``e -
-            beta / 2``. 1 is PSMNet's; less makes small errors count as much as large ones, 0 all alike (L1).
+            beta / 2``. 1 is PSMNet's; with less, smaller errors pull as strongly as large ones, with 0 all (L1).
         cross_entropy_weight: Weight of an auxiliary cross-entropy on the quarter-resolution scores; 0 is off, as in
             the paper's experiments.
     """
@@ -520,15 +521,17 @@ class TrainerConfig:
         epochs: Passes over the training pairs.
         max_steps: Stop after this many optimizer steps, whatever ``epochs`` says; None does not.
         max_minutes: Train by the clock instead: begin no step after so many minutes, and spread a cosine, linear or
-            one_cycle schedule over them (warm-up goes by steps). ``epochs`` and ``max_steps`` do not count then.
-            Start-up, validations and writing come on top; time before a resumption counts. Not the same bits twice.
+            one_cycle schedule over them (warm-up goes by steps; multi_step is refused). ``epochs`` and ``max_steps`` do
+            not count then. Starting, validating and writing come on top, compiling does not; of a resumed run what its
+            checkpoint had taken counts. Not the same bits twice.
         batch_size: Samples per optimizer step, over all processes and accumulated micro-batches.
         micro_batch_size: Samples per forward pass and process; None does the process's share at once.
         precision: fp32, bf16 or fp16 (fp16 with loss scaling).
         gradient_clip_norm: Largest gradient norm; None does not clip.
         ema_decay: Decay of the exponential moving average of the weights (and buffers); 0 is off.
         sync_batch_norm: Batch norm statistics over all processes.
-        freeze_batch_norm: Keep batch norm in eval mode (fine-tuning).
+        freeze_batch_norm: Keep batch norm in eval mode (fine-tuning). On a CPU in fp32 a step takes less time and
+            memory then.
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Run features and aggregation through torch.compile, for GPUs: the first step takes minutes, and on a
             CPU nothing is gained. Not together with ``activation_checkpointing``.

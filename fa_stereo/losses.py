@@ -35,7 +35,7 @@ class LossTerms(NamedTuple):
 class StereoLoss:
     """The training loss of PSMNet and FA-PSMNet.
 
-    ``sum_o w_o * mean_valid smooth_l1(d_o - d)`` with weights 0.5, 0.7 and 1.0 and, if configured,
+    ``sum_o w_o * mean_valid smooth_l1(d_o - d)`` with weights 0.5, 0.7 and 1.0 (and beta 1) and, if configured,
     ``+ lambda * sum_o w_o * cross_entropy_o``. A pixel is valid if its ground truth is below the maximum disparity
     (and, as an option, above zero); "no ground truth" is infinite and thereby left out.
 

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from fa_stereo.config import AttentionConfig, DatasetConfig, ModelConfig, RenderConfig, TrainConfig, flatten, to_plain
 from fa_stereo.errors import InputError
 from fa_stereo.history import FILE_NAME, read_history
+from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_model, read_record
 from fa_stereo.models.layers import without_appended_zeros
 from fa_stereo.models.psmnet import PSMNet, build_model
@@ -109,6 +110,12 @@ class Variant:
                 medians.append(max(values) if key == "peak_memory_bytes" else statistics.median(values))
         return statistics.median(medians) if medians else None
 
+    @property
+    def last_steps(self) -> tuple[int, int]:
+        """Return the fewest and the most steps after which its runs were validated last."""
+        steps = [run.final["step"] for run in self.runs.values()]
+        return min(steps), max(steps)
+
     def curve(self, metric: str) -> tuple[list[int], list[list[float]]]:
         """Return the steps at which all runs were validated, and the metric there: one list of seeds for each step."""
         by_step = [{line["step"]: line[metric] for line in run.history} for run in self.runs.values()]
@@ -174,6 +181,8 @@ def _read_run(folder: Path) -> Run | None:
     training = _with_later_settings(record["training"])
     settings = {key: value for key, value in training.items() if not key.startswith("model.attention")}
     settings = {key: value for key, value in settings.items() if key not in _IRRELEVANT}
+    if settings.get("trainer.max_minutes") is not None:  # these do not count then
+        settings = {key: value for key, value in settings.items() if key not in ("trainer.epochs", "trainer.max_steps")}
     settings |= {f"model.{key}": value for key, value in attention_settings(model).items()}
     settings = {key: value for key, value in settings.items() if not key.startswith("data.also")}
     settings["data.also"] = _describe_also(training)
@@ -293,7 +302,15 @@ def _fused_attention_flops(query: Sequence[int], key: Sequence[int], value: Sequ
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
-def count_kept_bytes(config: ModelConfig, height: int, width: int, batch: int = 1, precision: str = "fp32") -> int:
+def count_kept_bytes(
+    config: ModelConfig,
+    height: int,
+    width: int,
+    batch: int = 1,
+    precision: str = "fp32",
+    *,
+    freeze_batch_norm: bool = False,
+) -> int:
     """Return the bytes that a training step keeps from the forward pass for the backward pass, weights left out.
 
     Args:
@@ -302,8 +319,11 @@ def count_kept_bytes(config: ModelConfig, height: int, width: int, batch: int = 
         width: Likewise.
         batch: Crops at once; they are run through the network on the CPU.
         precision: fp32, bf16 or fp16.
+        freeze_batch_norm: With batch norm in eval mode, which is folded into the convolutions on the CPU.
     """
     model = _network(config).train()
+    if freeze_batch_norm:
+        set_batch_norm_to_eval(model)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -61,6 +61,7 @@ from fa_stereo.files import save_atomically
 from fa_stereo.history import History
 from fa_stereo.losses import StereoLoss
 from fa_stereo.machine import describe_device
+from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_matching_weights, read_torch_file, save_weights
 from fa_stereo.models.optimized import computes_in_hardware, prepare_for_training
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet, StereoOutput, build_model
@@ -177,7 +178,7 @@ class Trainer:
         self.history: History | None = None
         self.started = time.perf_counter()
         self.seconds: float | None = 0.0  # that the run took before
-        self.step_seconds = 0.0  # that all steps took, loading included, validations and writing not
+        self.seconds_in_steps = 0.0  # that all steps took, loading included, validations and writing not
         self.machine = describe_device(self.device, distributed.world_size())
         self.machines = [self.machine]
         self.step_times: deque[tuple[float, float]] = deque(maxlen=1000)  # wall and processor seconds of late
@@ -204,7 +205,9 @@ class Trainer:
             InputError: A training pair cannot be read.
         """
         minutes = self.settings.max_minutes
-        length = f"{self.total_steps}" if minutes is None else f"{minutes:g} minutes of"
+        length = f"{self.total_steps}"
+        if minutes is not None:
+            length = f"{minutes:g} minutes ({self.seconds_in_steps / 60:.0f} of them used) of"
         self._tell(
             "%s: %d pairs, %s steps of %d, from step %d, on %s (%s)", self.output_dir, self.stream.samples,
             length, self.settings.batch_size, self.step, self.machine, self.settings.precision,
@@ -215,7 +218,7 @@ class Trainer:
             self.history = History(self.output_dir, self.validated_step)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            log = TrainingLog(self.output_dir, self.step)
+            log = TrainingLog(self.output_dir, self.step, self.expected_steps)
         try:
             with StopRequest() as stop, logging_redirect_tqdm():
                 finished = self._loop(log, stop)
@@ -238,13 +241,14 @@ class Trainer:
         if self.validated_step > validated_step and self.step == self.total_steps:
             self._save("last.pt")  # there is no step left that would
         self._train_mode()
-        begin = time.perf_counter()
+        begin: float | None = None  # that of the first step is when its batch is there
         for batch in self._batches():
             start = time.perf_counter(), time.process_time()
+            begin = start[0] if begin is None else begin
             values = self.train_step(batch, log)
             self.step_times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
             self.step += 1
-            self.step_seconds += time.perf_counter() - begin
+            self.seconds_in_steps += time.perf_counter() - begin
             self._end_by_the_clock()
             if log:
                 self._report(log, values)
@@ -261,8 +265,8 @@ class Trainer:
         """With ``max_minutes``, agree on the time used; where it is all of it, the step just made was the last."""
         if self.settings.max_minutes is None:
             return
-        self.step_seconds = distributed.broadcast_object(self.step_seconds)
-        if self.step_seconds >= 60 * self.settings.max_minutes:
+        self.seconds_in_steps = distributed.broadcast_object(self.seconds_in_steps)
+        if self.seconds_in_steps >= 60 * self.settings.max_minutes:
             self.total_steps = self.step
 
     @property
@@ -270,7 +274,9 @@ class Trainer:
         """Steps of the whole run: with ``max_minutes`` as many as the time so far promises, None before the first."""
         if self.settings.max_minutes is None or self.total_steps == self.step:
             return self.total_steps
-        return round(self.step * 60 * self.settings.max_minutes / self.step_seconds) if self.step_seconds else None
+        return (
+            round(self.step * 60 * self.settings.max_minutes / self.seconds_in_steps) if self.seconds_in_steps else None
+        )
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this process's share of every step that is left, on the host."""
@@ -371,9 +377,7 @@ class Trainer:
     def _train_mode(self) -> None:
         self.network.train()
         if self.settings.freeze_batch_norm:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            set_batch_norm_to_eval(self.model)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         precision = self.settings.precision
@@ -566,7 +570,7 @@ class Trainer:
             "validation": self.validation,
             "history": self.history.lines if self.history else [],
             "seconds": None if self.seconds is None else self.seconds + time.perf_counter() - self.started,
-            "step_seconds": self.step_seconds,
+            "seconds_in_steps": self.seconds_in_steps,
             "machines": self.machines,
             "rendered_pairs": self.rendered_pairs,
             "started_from": self.started_from,
@@ -592,7 +596,7 @@ class Trainer:
             raise InputError(
                 f"{path}: not a training checkpoint (no {sorted(missing)[0]!r}); use init_from for weights"
             )
-        self._check_agreement(path, state)
+        changed = self._check_agreement(path, state)
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.model.load_state_dict(state["ema"] or state["model"])
@@ -605,14 +609,17 @@ class Trainer:
             group.update(own)  # decay rates and the like are this run's: those that were saved may have been changed
         if state["scaler"]:  # empty where precision was not fp16
             self.scaler.load_state_dict(state["scaler"])
-        self.alarm.load_state_dict(state["alarm"])
+        if not any(
+            key.startswith("loss.") for key in changed
+        ):  # another loss is not to be compared with the best so far
+            self.alarm.load_state_dict(state["alarm"])
         self.step = self.saved_step = state["step"]
         self.validated_step = state["validated_step"]
         self.validation, self.best = state["validation"], state["best"]
         if state["config"]["model"].get("regression", "expectation") != self.config.model.regression:
             self.best = {}  # what is validated is another prediction: errors cannot be compared
         self.seconds, self.started_from = state.get("seconds"), state.get("started_from")
-        self.step_seconds = state.get("step_seconds", self.seconds or 0.0)  # older checkpoints do not have it
+        self.seconds_in_steps = state.get("seconds_in_steps", self.seconds or 0.0)  # older checkpoints do not have it
         self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
         if distributed.rank() < len(state["random_states"]):
             _set_random_state(state["random_states"][distributed.rank()])
@@ -630,8 +637,8 @@ class Trainer:
             raise state
         return state
 
-    def _check_agreement(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Refuse what would not be the same run; tell what else has changed."""
+    def _check_agreement(self, path: Path, state: Mapping[str, Any]) -> list[str]:
+        """Refuse what would not be the same run; tell what else has changed, and return its keys."""
         before, now = flatten_used(state["config"]), flatten_used(to_plain(self.config))
         before = flatten(to_plain(TrainConfig())) | before  # with defaults for settings that came later
         changed = [key for key in now if key in before and before[key] != now[key]]
@@ -653,6 +660,7 @@ class Trainer:
         sources = [{key.split(".")[2] for key in flat if key.startswith("data.also.")} for flat in (now, before)]
         if sources[0] != sources[1]:
             self._tell("resuming with %d sources in data.also (there were %d)", *map(len, sources))
+        return changed
 
     def _export(self) -> None:
         """Write the weights for use: the averaged ones, if they are on."""

@@ -33,15 +33,16 @@ class TrainingLog:
     Args:
         folder: Where TensorBoard's files go.
         first_step: Step the run begins at; what an interrupted run wrote beyond it is dropped from the curves.
+        total_steps: Step the run ends at, if that is known.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int, total_steps: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed by training alone
 
         self._writer: Any = None
         with self._writing():
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
-        self.bar = tqdm(initial=first_step, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
         self._on_terminal = sys.stderr.isatty()
         self._line_due = 0.0  # the first step is always told
         self._speed_start = (time.perf_counter(), 0)

@@ -18,6 +18,7 @@ from fa_stereo.compilation import check_compiler, compile_network, uncompiled
 from fa_stereo.config import AttentionConfig, ModelConfig
 from fa_stereo.errors import InputError
 from fa_stereo.inference import DisparityPredictor
+from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.optimized import optimize_for_inference
 from fa_stereo.models.psmnet import PSMNet, build_model
@@ -86,8 +87,11 @@ def test_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(weights[1][key], value, atol=1e-4, rtol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def test_same_gradients() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_same_gradients(frozen: bool) -> None:
     model = tiny().double().train()
+    if frozen:
+        set_batch_norm_to_eval(model)
     compiled = compile_network(copy.deepcopy(model), backend="aot_eager")
     views = torch.randn(2, 2, 3, 64, 64, dtype=torch.float64)
     gradients = []

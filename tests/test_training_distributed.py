@@ -124,6 +124,28 @@ sys.exit(main(["train", *sys.argv[1:]]))
     assert (result.finished, result.step) == (True, 10)
 
 
+def test_two_processes_end_by_one_clock(pairs: Path, tmp_path: Path) -> None:
+    """The second process's clock runs ten times as fast: by its own it would leave the first one waiting."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        """
+import os, sys, time
+from types import SimpleNamespace
+from fa_stereo import training
+from fa_stereo.cli.main import main
+
+pace = 10 if int(os.environ["RANK"]) else 1
+training.time = SimpleNamespace(perf_counter=lambda: pace * time.perf_counter(), process_time=time.process_time)
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+    )
+    text = run_two(script, *command_line(pairs, tmp_path / "run", "trainer.max_minutes=0.05", "trainer.epochs=1"))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["step"] > 1
+    assert f"step {metrics['step']}/{metrics['step']} " in text
+    assert (tmp_path / "run" / "weights.safetensors").is_file()
+
+
 def test_collective_operations_and_batch_norm(tmp_path: Path) -> None:
     """Each process holds a half that is not the other's size; together they are one batch."""
     script = tmp_path / "check.py"

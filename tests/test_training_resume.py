@@ -302,7 +302,8 @@ def test_a_run_by_the_clock(
         trainer = Trainer(by_clock)
         assert trainer.run().finished
     assert trainer.step == trainer.total_steps == trainer.validated_step == 10
-    assert "10 minutes of steps of 4, from step 0" in caplog.text
+    assert "10 minutes (0 of them used) of steps of 4, from step 0" in caplog.text
+    assert ("10 minutes (4 of them used) of steps of 4, from step 4" in caplog.text) == stopped
     assert "step 10/10" in caplog.text
     states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("steps", "minutes")]
     assert_identical(states[0]["model"], states[1]["model"], "model")
@@ -333,11 +334,22 @@ def test_a_validation_that_is_owed_when_the_time_is_over(
 
 
 def test_a_clock_that_cannot_be(pairs: Path, tmp_path: Path) -> None:
-    for minutes in (0, float("nan")):
+    for minutes in (0, float("nan"), float("inf")):
         with pytest.raises(InputError, match=r"trainer\.max_minutes must be positive"):
             tiny_config(pairs, tmp_path, trainer__max_minutes=minutes)
     with pytest.raises(InputError, match=r"trainer\.max_minutes does not go with schedule=multi_step"):
         Trainer(tiny_config(pairs, tmp_path, trainer__max_minutes=1, schedule__kind="multi_step"))
+
+
+def test_another_loss_may_be_larger_without_alarm(pairs: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(pairs, tmp_path, trainer__max_steps=3))
+    trainer.run()
+    same = Trainer(tiny_config(pairs, tmp_path, trainer__max_steps=4))
+    assert same.alarm.state_dict() == trainer.alarm.state_dict()
+    other = Trainer(tiny_config(pairs, tmp_path, trainer__max_steps=4, loss__smooth_l1_beta=0.1))
+    assert other.alarm.state_dict() != trainer.alarm.state_dict()
+    with pytest.raises(InputError, match=r"loss\.smooth_l1_beta must be zero or more, got inf"):
+        tiny_config(pairs, tmp_path, loss__smooth_l1_beta=float("inf"))
 
 
 def test_other_sources_are_told(pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -117,7 +117,7 @@ def describe(variant: Variant, baseline: Variant, size: tuple[int, int] | None, 
     run = next(iter(variant.runs.values()))
     crop = (run.settings["data.augmentation.crop_height"], run.settings["data.augmentation.crop_width"])
     batch = run.settings["trainer.micro_batch_size"] or run.settings["trainer.batch_size"]
-    precision = run.settings["trainer.precision"]
+    precision, frozen = run.settings["trainer.precision"], bool(run.settings.get("trainer.freeze_batch_norm"))
     steps, values = variant.curve("end_point_error")
     row: dict[str, Any] = {
         "variant": variant.label,
@@ -126,10 +126,10 @@ def describe(variant: Variant, baseline: Variant, size: tuple[int, int] | None, 
         "parameters": count_parameters(variant.model),
         "multiply_adds": count_multiply_adds(variant.model, *(size or crop)),
         "multiply_adds_size": list(size or crop),
-        "kept_bytes": count_kept_bytes(variant.model, *crop, batch, precision),
+        "kept_bytes": count_kept_bytes(variant.model, *crop, batch, precision, freeze_batch_norm=frozen),
         "training_step": {"crop": list(crop), "batch": batch, "precision": precision},
         **{key: variant.recorded(key) for key in ("step_seconds", "step_cpu_seconds", "peak_memory_bytes")},
-        "last_step": run.final["step"],
+        "last_steps": list(variant.last_steps),
         "curve": {"steps": steps, "end_point_error": values},
     }
     for metric in METRICS:
@@ -160,8 +160,8 @@ def remarks(rows: list[dict[str, Any]]) -> list[str]:
         told.append("A variant with fewer than 3 seeds says how it runs, not how good it is.")
     elif max(len(row["seeds"]) for row in rows) < 6:
         told.append("So few seeds show large differences only: an interval over 0 is no proof that there is none.")
-    if len({row["last_step"] for row in rows}) > 1:
-        told.append("The variants were not trained for the same number of steps.")
+    if len({step for row in rows for step in row["last_steps"]}) > 1:
+        told.append("The runs were not trained for the same number of steps.")
     if len({json.dumps(row["training_step"]) for row in rows}) > 1:
         told.append("The variants were not trained with the same crop, batch and precision.")
     return told
@@ -196,11 +196,13 @@ def format_report(report: dict[str, Any]) -> str:
         difference = row.get("difference")
         cells += [interval(difference), difference["verdict"]] if difference else ["", "baseline"]
         lines.append("| " + " | ".join(cells) + " |")
+    last = [count for row in rows for count in row["last_steps"]]
+    steps = f"{min(last)}" if min(last) == max(last) else f"{min(last)} to {max(last)}"
     return "\n".join(
         [
             *lines,
             "",
-            f"EPE and bad-3: last validation, after {first['last_step']} steps; mean ± standard deviation over seeds.",
+            f"EPE and bad-3: last validation, after {steps} steps; mean ± standard deviation over seeds.",
             f"Difference of the EPE: mean and {100 * CONFIDENCE:.0f} % interval, paired by seed.",
             f"Training step: {step['batch']} crops of {crop} in {step['precision']}; what it keeps is counted, its "
             "time is as recorded.",
@@ -275,7 +277,7 @@ def _draw_curves(axes: Axes, rows: list[dict[str, Any]], colours: list[Any]) -> 
             axes.fill_between(steps, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, lw=0)
     axes.set(xlabel="training step", ylabel="validation EPE / px")
     values = [value for row in rows for at_step in row["curve"]["end_point_error"] for value in at_step]
-    if min(values) > 0 and max(values) > 3 * min(values):
+    if values and min(values) > 0 and max(values) > 3 * min(values):  # runs by the clock may have no step in common
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")

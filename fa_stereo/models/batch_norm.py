@@ -1,4 +1,4 @@
-"""Batch norm's running statistics, estimated anew for finished weights."""
+"""Batch norm's running statistics: frozen for training, and estimated anew for finished weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fa_stereo.models.psmnet import PSMNet
+
+
+def set_batch_norm_to_eval(model: nn.Module) -> None:
+    """Have every batch norm of a network normalise by its running statistics, and leave them as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def reestimate_batch_norm(model: PSMNet, batches: Iterable[tuple[Tensor, Tensor]]) -> int:

@@ -1,10 +1,10 @@
 """The convolution with batch norm that every part of PSMNet is made of.
 
 Convolution and norm are kept as named children, so that a fast path can fold one into the other: for prediction once
-and for all (``fa_stereo.models.optimized``), in training with frozen batch norm at every step, in this module's layers
-(not in the cost volume's first convolution, which calls its norm itself). On a CPU that saves a pass over the
-convolution's result in each direction, and everywhere keeping that result for the backward pass. In prediction on a CPU
-volumes too small for PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
+and for all (``fa_stereo.models.optimized``), and on a CPU in training with frozen batch norm in fp32 at every step, in
+this module's layers (the cost volume's first convolution calls its norm itself). That saves a pass over the
+convolution's result in each direction, and keeping it for the backward pass. In prediction on a CPU volumes too small
+for PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
 """
 
 from __future__ import annotations
@@ -87,14 +87,16 @@ class DeconvNorm3d(nn.Module):
 def _folds(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d) -> bool:
     """Tell whether a layer computes as one convolution: batch norm is in eval mode and a gradient may be asked for.
 
-    Not under autocast, where the gradient of batch norm's weight would be a difference of two rounded numbers, and not
-    where somebody listens to one of both.
+    The gradient of batch norm's weight is then a difference of two sums over the convolution's results. So not where
+    those are rounded to few digits, under autocast or on a GPU (TF32); and not where somebody listens to one of both.
     """
     norm = layer.norm
-    frozen = isinstance(norm, nn.modules.batchnorm._BatchNorm) and not norm.training and torch.is_grad_enabled()
-    if not frozen or torch.is_autocast_enabled(norm.weight.device.type):
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training or not torch.is_grad_enabled():
         return False
-    return not (norm._forward_hooks or layer.conv._forward_hooks)
+    if norm.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(child, kind) for child in (layer.conv, norm) for kind in kinds)
 
 
 def fold(

@@ -119,9 +119,11 @@ def test_what_is_not_folded(folded: list[nn.Module]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         layer(x)
     for child in (layer.conv, layer.norm):
-        hook = child.register_forward_hook(lambda *_: None)
-        layer(x)
-        hook.remove()
+        for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+            hook = getattr(child, f"register_{register}")(lambda *_: None)
+            layer(x)
+            hook.remove()
+    copy.deepcopy(layer).to("meta")(x.to("meta"))
     assert not folded
     layer(x)
     assert folded == [layer.conv]
