@@ -30,6 +30,7 @@ from fa_stereo.errors import InputError
 from fa_stereo.machine import compute_float32_in_full
 from fa_stereo.measuring import MeasuringProcess
 from fa_stereo.memory import keep_freed_memory, memory_in_use, peak_memory, return_freed_memory, start_peak
+from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
 from fa_stereo.models.optimized import DTYPES, optimize_for_inference, prepare_for_training
@@ -70,6 +71,7 @@ class Task:
         device: cpu or cuda.
         threads: Of the CPU; None for PyTorch's choice.
         activation_checkpointing: In the training step.
+        freeze_batch_norm: In the training step.
         pictures: Files of left and right views for the part ``pairs``, which has no other size.
         example: File of ``example_pair`` in NumPy's format, so that rendering it is no part of what is measured; None
             renders it in the measuring process.
@@ -87,6 +89,7 @@ class Task:
     device: str = "cpu"
     threads: int | None = None
     activation_checkpointing: bool = False
+    freeze_batch_norm: bool = False
     pictures: tuple[tuple[str, str], ...] = ()
     example: str | None = None
 
@@ -211,6 +214,8 @@ def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:
     model.train()
     model.plain = task.path == "plain"
     model.activation_checkpointing = task.activation_checkpointing
+    if task.freeze_batch_norm:
+        set_batch_norm_to_eval(model)
     if task.path != "plain":
         prepare_for_training(model)
     if task.path == "compiled":

@@ -51,6 +51,15 @@ def test_the_training_step_leaves_gradients(path: str) -> None:
     assert run() is None
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_training_step_freezes_batch_norm(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+    forward = torch.nn.BatchNorm3d.forward
+    monkeypatch.setattr(torch.nn.BatchNorm3d, "forward", lambda m, x: modes.append(m.training) or forward(m, x))
+    build_run(Task("training_step", "fast", freeze_batch_norm=frozen, **SMALL))()
+    assert set(modes) == {not frozen}
+
+
 def test_interleaved_processes() -> None:
     turns: list[int] = []
     tasks = [Task("network", path, precision, **SMALL) for path, precision in (("plain", "fp32"), ("fast", "bf16"))]

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--training-size", default="256x512", metavar="HxW", help="crop of the training step")
     parser.add_argument("--training-batch", type=int, default=1, metavar="N", help="crops at once in the training step")
     parser.add_argument("--activation-checkpointing", action="store_true", help="in the fast training step")
+    parser.add_argument("--freeze-batch-norm", action="store_true", help="in the training step, plain and fast")
     parser.add_argument("--precisions", default="fp32", metavar="LIST",
                         help="of the fast path: any of fp32,bf16,fp16,mixed")  # fmt: skip
     parser.add_argument("--plain-precisions", default="fp32", metavar="LIST",
@@ -160,10 +161,17 @@ def plan(arguments: argparse.Namespace) -> list[list[Task]]:
         if missing:
             raise InputError(f"{part} is not measured in {missing} on {device}: name another precision")
         checkpointing = part == "training_step" and arguments.activation_checkpointing
+        frozen = part == "training_step" and arguments.freeze_batch_norm
         groups += [
             [
                 Task(
-                    part, path, precision, activation_checkpointing=checkpointing and path == "fast", **inputs, **common
+                    part,
+                    path,
+                    precision,
+                    activation_checkpointing=checkpointing and path == "fast",
+                    freeze_batch_norm=frozen,
+                    **inputs,
+                    **common,
                 )
                 for path, precision in variants
             ]
@@ -199,6 +207,7 @@ def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: s
         (arguments.compile, "--compile", COMPILED_PARTS),
         (arguments.cuda_graph, "--cuda-graph", ("network",)),
         (arguments.activation_checkpointing, "--activation-checkpointing", ("training_step",)),
+        (arguments.freeze_batch_norm, "--freeze-batch-norm", ("training_step",)),
     ):
         if wanted and not {*where} & {*parts}:
             raise InputError(f"{option} changes none of --parts {arguments.parts}: add one of {', '.join(where)}")
@@ -299,6 +308,7 @@ def format_report(report: dict[str, Any]) -> str:
         memory = [_gigabytes(row[key]) for key in ("peak_bytes", "extra_bytes")]
         speed = [duration(row["seconds"]), f"{row['speedup']:.1f}x", rate]
         path = f"{row['path']} {row['precision']}" + (", recomputing" if row["activation_checkpointing"] else "")
+        path += ", batch norm frozen" if row["freeze_batch_norm"] else ""
         rows.append([row["part"], _size_label(row), path, *speed, *memory, *deviations])
     return "\n".join(
         [

@@ -36,6 +36,14 @@ def test_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["benchmark.json", "benchmark.png"]
 
 
+def test_a_step_with_frozen_batch_norm(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["benchmark", "--parts", "training_step", "--freeze-batch-norm", *TINY]
+    assert main(arguments) == 0
+    table = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    steps = [cells[3] for cells in table if cells[1:3] == ["training_step", "1x32x64"]]
+    assert steps == ["plain fp32, batch norm frozen", "fast fp32, batch norm frozen"]
+
+
 def test_the_network_of_a_file_and_the_base_of_speedups(checkpoint: Path, tmp_path: Path) -> None:
     options = ["--parts", "regression,network", "--checkpoint", str(checkpoint), "--max-disparity", "16", "--sizes",
                "32x64", "--plain-precisions", "fp32,bf16", "--speedup-over", "bf16", "--repeats", "1", "--threads", "1",
@@ -86,6 +94,7 @@ def test_deviations_from_float64(checkpoint: Path, tmp_path: Path) -> None:
         (["--parts", "features", "--precisions", "mixed"], "features is not measured in --precisions mixed"),
         (["--parts", "regression", "--compile"], "--compile changes none of --parts regression"),
         (["--parts", "network", "--activation-checkpointing"], "--activation-checkpointing changes none of"),
+        (["--parts", "network", "--freeze-batch-norm"], "--freeze-batch-norm changes none of"),
         (["--cuda-graph"], "--cuda-graph needs a GPU"),
         (
             ["--parts", "training_step", "--plain-precisions", "fp16"],
