@@ -105,6 +105,9 @@ class ConfidenceCounts:
     def sparsification(self) -> dict[str, float]:
         """Return the area under the curve of bad-3 over the share of pixels kept, in %, and its two bounds.
 
+        With the share e of wrong pixels it is e for a confidence that says nothing, and for one that knows the errors
+        ``e + (1 - e) ln(1 - e)`` (Hu and Mordohai 2012): none is wrong until only wrong ones are left.
+
         Returns:
             ``own``; ``by_chance``, of a confidence that says nothing; ``at_best``, of one that knows the errors. NaN
             without pixels.

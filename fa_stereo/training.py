@@ -274,9 +274,9 @@ class Trainer:
         """Steps of the whole run: with ``max_minutes`` as many as the time so far promises, None before the first."""
         if self.settings.max_minutes is None or self.total_steps == self.step:
             return self.total_steps
-        return (
-            round(self.step * 60 * self.settings.max_minutes / self.seconds_in_steps) if self.seconds_in_steps else None
-        )
+        if not self.seconds_in_steps:
+            return None
+        return round(self.step * 60 * self.settings.max_minutes / self.seconds_in_steps)
 
     def _batches(self) -> Iterator[Batch]:
         """Yield this process's share of every step that is left, on the host."""
@@ -609,9 +609,8 @@ class Trainer:
             group.update(own)  # decay rates and the like are this run's: those that were saved may have been changed
         if state["scaler"]:  # empty where precision was not fp16
             self.scaler.load_state_dict(state["scaler"])
-        if not any(
-            key.startswith("loss.") for key in changed
-        ):  # another loss is not to be compared with the best so far
+        same_loss = not any(key.startswith("loss.") for key in changed)
+        if same_loss:  # another's is not to be compared with the best so far
             self.alarm.load_state_dict(state["alarm"])
         self.step = self.saved_step = state["step"]
         self.validated_step = state["validated_step"]

@@ -47,9 +47,8 @@ def test_smooth_l1_by_hand() -> None:
 def test_where_smooth_l1_turns_into_a_line(beta: float) -> None:
     error = torch.tensor([[[0.125, -0.5, 1.0, 3.0]]], dtype=torch.float64, requires_grad=True)
     output = StereoOutput((error.float() + 4,) * 3, ())
-    terms = StereoLoss(LossConfig(output_weights=[0, 0, 1], smooth_l1_beta=beta), MODEL)(
-        output, torch.full((1, 1, 4), 4.0)
-    )
+    loss = StereoLoss(LossConfig(output_weights=[0, 0, 1], smooth_l1_beta=beta), MODEL)
+    terms = loss(output, torch.full((1, 1, 4), 4.0))
     size = error.detach().abs()
     expected = torch.where(size < beta, size**2 / (2 * max(beta, 1e-9)), size - beta / 2)
     assert float(terms.outputs[-1].detach()) == pytest.approx(float(expected.mean()))
