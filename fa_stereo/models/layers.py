@@ -32,6 +32,8 @@ class ConvNorm2d(nn.Module):
     issue 6035).
     """
 
+    plain = False  # never fold the norm: see PSMNet.plain
+
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 3, *, stride: int = 1, dilation: int = 1
     ) -> None:
@@ -55,6 +57,8 @@ class ConvNorm2d(nn.Module):
 class ConvNorm3d(nn.Module):
     """A 3x3x3 convolution without bias, then batch norm: [B, C_in, D, H, W] -> [B, C_out, D', H', W']."""
 
+    plain = False  # never fold the norm: see PSMNet.plain
+
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, 3, stride, 1, bias=False)
@@ -70,6 +74,8 @@ class ConvNorm3d(nn.Module):
 
 class DeconvNorm3d(nn.Module):
     """A transposed 3x3x3 convolution that doubles D, H and W, then batch norm."""
+
+    plain = False  # never fold the norm: see PSMNet.plain
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -91,7 +97,9 @@ def _folds(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d) -> bool:
     those are rounded to few digits, under autocast or on a GPU (TF32); and not where somebody listens to one of both.
     """
     norm = layer.norm
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.training or not torch.is_grad_enabled():
+    if layer.plain or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return False
+    if norm.training or not torch.is_grad_enabled():
         return False
     if norm.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False

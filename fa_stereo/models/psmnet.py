@@ -17,6 +17,7 @@ from fa_stereo.config import ModelConfig
 from fa_stereo.errors import InputError
 from fa_stereo.models.aggregation import BasicAggregation, StackedHourglass
 from fa_stereo.models.features import FeatureExtractor
+from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d
 from fa_stereo.models.recomputation import Run, call, recompute
 from fa_stereo.models.regression import (
     regress_disparity,
@@ -57,8 +58,8 @@ class PSMNet(nn.Module):
     Attributes:
         config: The model configuration; stored in every checkpoint.
         plain: Store the concatenated features, the cost volume and the upsampled score volume, as the formulas read.
-            Slower, several times the memory, the same function: the reference that the default is held against. (What
-            single layers do, such as folding frozen batch norm, they do here too.)
+            Slower, several times the memory, the same function: the reference that the default is held against. Frozen
+            batch norm is not folded either.
         volume_dtype: Type that the features are converted to for the cost volume; None leaves them as they are.
         activation_checkpointing: In training, keep the inputs of each part only and compute it again in the backward
             pass: less memory for about a third more time, the same gradients.
@@ -67,7 +68,7 @@ class PSMNet(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.plain = False
+        self._plain = False
         self.volume_dtype: torch.dtype | None = None
         self.activation_checkpointing = False
         self.features = FeatureExtractor(config)
@@ -75,6 +76,18 @@ class PSMNet(nn.Module):
         self.aggregation = (
             StackedHourglass(config) if config.aggregation == "stacked_hourglass" else BasicAggregation(config)
         )
+
+    @property
+    def plain(self) -> bool:
+        """Whether to compute as the formulas read; see the class."""
+        return self._plain
+
+    @plain.setter
+    def plain(self, plain: bool) -> None:
+        self._plain = plain
+        for layer in self.modules():
+            if isinstance(layer, ConvNorm2d | ConvNorm3d | DeconvNorm3d):
+                layer.plain = plain
 
     def forward(
         self, left: Tensor, right: Tensor, *, score: Score | None = None, confidence: bool = False
