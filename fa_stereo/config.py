@@ -535,6 +535,8 @@ class TrainerConfig:
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         compile: Run features and aggregation through torch.compile, for GPUs: the first step takes minutes, and on a
             CPU nothing is gained. Not together with ``activation_checkpointing``.
+        cuda_graph: Record the passes forward and backward once and launch their kernels as one, for GPUs that wait for
+            Python otherwise (small models, busy CPUs); the same values. For one process, not together with ``compile``.
         seed: Of weights, data order and augmentation.
         device: ``auto``, ``cpu`` or ``cuda``.
         log_every_steps: Scalars to TensorBoard.
@@ -561,6 +563,7 @@ class TrainerConfig:
     freeze_batch_norm: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     seed: int = 0
     device: str = "auto"
     log_every_steps: int = 20
@@ -585,6 +588,8 @@ class TrainerConfig:
             raise InputError(f"trainer.ema_decay must be from 0 to below 1, got {self.ema_decay}")
         if self.compile and self.activation_checkpointing:
             raise InputError("trainer.compile and trainer.activation_checkpointing exclude each other: choose one")
+        if self.compile and self.cuda_graph:
+            raise InputError("trainer.compile and trainer.cuda_graph exclude each other: choose one")
         _check_choice("trainer.device", self.device, ("auto", "cpu", "cuda"))
         _check_seed("trainer.seed", self.seed)
         for name in ("log_every_steps", "picture_every_steps", "validate_every_steps", "checkpoint_every_steps",

@@ -1,4 +1,4 @@
-"""CUDA graphs for pictures of repeated sizes: all kernels of a network recorded once, then launched as one.
+"""CUDA graphs for inputs of repeated sizes: all kernels of a network recorded once, then launched as one.
 
 A network of some hundred small kernels can keep a fast GPU waiting for Python to launch the next one; a graph does not.
 It computes the same with the same kernels, but for one size of picture, and it holds on to the memory that it needs.
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fa_stereo.errors import InputError
 
 Network = Callable[[Tensor, Tensor], Any]
 """From both views [B, 3, H, W] to disparity [B, H, W], or to a tuple of such maps."""
+
+Passes = Callable[..., tuple[Tensor, ...]]
+"""The passes forward and backward of training: from tensors to tensors, adding to the gradients of some parameters."""
 
 
 class GraphedNetwork:
@@ -94,10 +97,7 @@ def record_cuda_graph(network: Network, left: Tensor, right: Tensor) -> Network:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 result = network(*inputs)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(f"this network cannot be recorded as a CUDA graph ({reason}): go without it") from error
+            raise _not_recorded(error, "this network") from error
 
     def replay(left: Tensor, right: Tensor) -> Any:
         with torch.cuda.device(left.device):
@@ -107,3 +107,90 @@ def record_cuda_graph(network: Network, left: Tensor, right: Tensor) -> Network:
             return result.clone() if isinstance(result, Tensor) else tuple(x.clone() for x in result)
 
     return replay
+
+
+class GraphedPass:
+    """Passes forward and backward, from the fourth call on by a CUDA graph, for inputs of the size that call has.
+
+    The calls before let PyTorch choose its kernels and compile those of its own. Inputs of another size are never
+    recorded. A graph writes to the gradients where they are in memory: clear them by ``zero_grad(set_to_none=False)``.
+
+    Args:
+        passes: What to run: the same kernels for every input of a size, and no transfers to the CPU.
+        parameters: Those whose gradients it adds to.
+        record: Records passes for inputs like those given, and returns what replays them.
+
+    Attributes:
+        passes: Ditto.
+    """
+
+    _CALLS_BEFORE = 3
+
+    def __init__(
+        self,
+        passes: Passes,
+        parameters: Iterable[nn.Parameter],
+        record: Callable[[Passes, tuple[Tensor, ...]], Passes] | None = None,
+    ) -> None:
+        self.passes = passes
+        self._parameters = list(parameters)
+        self._record = record or record_passes
+        self._replay: Passes | None = None
+        self._calls = 0
+        self._sizes: list[torch.Size] = []
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the passes' results; a later call may overwrite them.
+
+        Raises:
+            InputError: The passes cannot be recorded.
+        """
+        sizes = [x.shape for x in inputs]
+        self._calls += 1
+        if self._replay is None and self._calls > self._CALLS_BEFORE:
+            for parameter in self._parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._sizes, self._replay = sizes, self._record(self.passes, inputs)
+        replay = self._replay if sizes == self._sizes else None
+        return (replay or self.passes)(*inputs)
+
+
+def record_passes(passes: Passes, inputs: tuple[Tensor, ...]) -> Passes:
+    """Record the kernels of passes forward and backward, which have run before on inputs of this size.
+
+    Args:
+        passes: As for ``GraphedPass``; all gradients that they add to exist.
+        inputs: Examples, on the GPU.
+
+    Returns:
+        What replays them: for inputs of these sizes and types, results that the next replay overwrites.
+
+    Raises:
+        InputError: The passes do something that cannot be recorded.
+    """
+    with torch.cuda.device(inputs[0].device):
+        copies = tuple(x.clone() for x in inputs)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                results = passes(*copies)
+        except RuntimeError as error:
+            raise _not_recorded(error, "this training step") from error
+
+    def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.cuda.device(inputs[0].device):
+            for copy, x in zip(copies, inputs, strict=True):
+                copy.copy_(x)
+            graph.replay()
+        return results
+
+    return replay
+
+
+def _not_recorded(error: RuntimeError, what: str) -> RuntimeError | InputError:
+    """Return what to raise instead of an error while recording."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    reason = str(error).strip().split("\n")[0]
+    return InputError(f"{what} cannot be recorded as a CUDA graph ({reason}): go without it")

@@ -50,6 +50,7 @@ from fa_stereo.config import (
     flatten_used,
     to_plain,
 )
+from fa_stereo.cuda_graph import GraphedPass
 from fa_stereo.data import open_dataset, open_training_pairs
 from fa_stereo.data.rendered import read_settings
 from fa_stereo.data.sample import StereoSample
@@ -130,6 +131,7 @@ class Trainer:
 
         _check_data(config)
         _check_precision(config, self.device)
+        _check_graph(config, self.device)
         self.stream = TrainingStream(
             open_training_pairs(config.data), TrainingTransform(config.data.augmentation), self.settings.seed
         )
@@ -170,6 +172,7 @@ class Trainer:
         self.loss = StereoLoss(config.loss, config.model)
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
+        self.graph = GraphedPass(self._both_passes, self.model.parameters()) if self.settings.cuda_graph else None
         self.alarm = PlateauAlarm(self.settings.plateau_alarm_steps)
         self.step = self.saved_step = 0
         self.validated_step = 0 if not self.settings.validate_at_start else -1
@@ -314,26 +317,26 @@ class Trainer:
         parts = _split_batch(batch, self.settings.micro_batch_size)
         drawing = log is not None and self._due(self.settings.picture_every_steps, self.step + 1)
         watched: dict[str, nn.Module] = dict(self.model.features.attention.items()) if drawing else {}
+        both_passes = self.graph if self.graph and not drawing else self._both_passes
         for number, part in enumerate(parts, start=1):
             truth = part["disparity"].to(self.device, non_blocking=True)
+            left, right = (
+                normalize_images(part[view].to(self.device, non_blocking=True)) for view in ("left", "right")
+            )
             # Processes exchange gradients once per step, with the last part.
-            with self._gradient_exchange(number == len(parts)):
-                with record_inputs(watched) as attended, self._uncompiled(drawing):
-                    output = self._forward(part)
-                terms = self.loss(output, truth, counts)
-                # DistributedDataParallel averages over processes; the loss is a share of a sum over them.
-                self.scaler.scale(terms.total * distributed.world_size()).backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                valid = self.loss.valid(truth)
-                error = torch.where(valid, output.disparities[-1] - torch.where(valid, truth, 0.0), 0.0).abs().sum()
-                values = torch.stack([terms.total, terms.cross_entropy, *terms.outputs, error / counts[0].clamp(min=1)])
-                sums = values if number == 1 else sums + values
+            with (
+                self._gradient_exchange(number == len(parts)),
+                record_inputs(watched) as attended,
+                self._uncompiled(drawing),
+            ):
+                values, prediction = both_passes(left, right, truth, counts)
+            sums = values if number == 1 else sums + values
         total, cross_entropy, *outputs, end_point_error = distributed.sum_over_processes(sums.double()).tolist()
         if not math.isfinite(total):
             raise self._not_finite("loss", batch)
         norm = self._update_weights(batch)
         if log and drawing:
-            log.pictures(self.step + 1, part["left"][-1], truth[-1], output.disparities[-1][-1], valid[-1])
+            log.pictures(self.step + 1, part["left"][-1], truth[-1], prediction[-1], self.loss.valid(truth)[-1])
             log.basis_masks(self.step + 1, part["left"][-1], watched, attended)
         return {
             "loss/total": total,
@@ -345,11 +348,29 @@ class Trainer:
             "train/epoch": self.epoch,
         }
 
-    def _forward(self, part: Batch) -> StereoOutput:
-        left, right = (normalize_images(part[view].to(self.device, non_blocking=True)) for view in ("left", "right"))
+    def _both_passes(self, left: Tensor, right: Tensor, truth: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Pass forward and backward through network and loss, and add to the gradients.
+
+        Args:
+            left: Normalised pictures of a part of the batch, [B, 3, H, W].
+            right: Likewise.
+            truth: Disparity [B, H, W].
+            counts: Of the whole batch, see ``StereoLoss``.
+
+        Returns:
+            Loss, cross-entropy, the loss of each output and the end-point error, all divided by the counts; and the
+            disparity predicted, [B, H, W].
+        """
         with self._autocast():
             output: StereoOutput = self.network(left, right)
-        return output
+        terms = self.loss(output, truth, counts)
+        # DistributedDataParallel averages over processes; the loss is a share of a sum over them.
+        self.scaler.scale(terms.total * distributed.world_size()).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            prediction, valid = output.disparities[-1].detach(), self.loss.valid(truth)
+            error = torch.where(valid, prediction - torch.where(valid, truth, 0.0), 0.0).abs().sum()
+            values = [terms.total, terms.cross_entropy, *terms.outputs, error / counts[0].clamp(min=1)]
+            return torch.stack(values), prediction
 
     def _update_weights(self, batch: Batch) -> float:
         """Clip the gradient, step, and move the average; return the gradient's norm before clipping."""
@@ -364,7 +385,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.graph is None)  # a graph writes where the gradients were
         if self.average:
             self.average.update(self.model, self.step)
         return float(norm)
@@ -722,11 +743,11 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         averaged, current = self.model.state_dict(), model.state_dict()
         floating = [name for name, tensor in averaged.items() if tensor.is_floating_point()]
+        counters = [name for name in averaged if name not in set(floating)]  # batch norm's
         # All at once, which a GPU does in a few kernels instead of one for each tensor.
         update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         update([averaged[name] for name in floating], [current[name] for name in floating], step)
-        for name in averaged.keys() - floating:  # batch norm's counters
-            averaged[name].copy_(current[name])
+        torch._foreach_copy_([averaged[name] for name in counters], [current[name] for name in counters])
 
 
 class StopRequest(AbstractContextManager["StopRequest"]):
@@ -762,12 +783,13 @@ class _StoppedInValidation(Exception):
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of all of a network's parameters."""
-    parameters, rate, decay = model.parameters(), config.learning_rate, config.weight_decay
+    """Return the optimizer of all of a network's parameters, on a GPU one that updates them in a few kernels."""
+    parameters, rate, decay = list(model.parameters()), config.learning_rate, config.weight_decay
+    fused = all(parameter.is_cuda for parameter in parameters)
     if config.kind == "sgd":
-        return torch.optim.SGD(parameters, rate, config.momentum, weight_decay=decay)
+        return torch.optim.SGD(parameters, rate, config.momentum, weight_decay=decay, fused=fused)
     kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
-    return kind(parameters, rate, (config.betas[0], config.betas[1]), weight_decay=decay)
+    return kind(parameters, rate, (config.betas[0], config.betas[1]), weight_decay=decay, fused=fused)
 
 
 def _split_batch(batch: Batch, size: int | None) -> list[Batch]:
@@ -805,6 +827,13 @@ def _check_precision(config: TrainConfig, device: torch.device) -> None:
             "trainer.precision=%s is far slower than fp32 on this CPU, which has no hardware for it",
             config.trainer.precision,
         )
+
+
+def _check_graph(config: TrainConfig, device: torch.device) -> None:
+    if config.trainer.cuda_graph and device.type != "cuda":
+        raise InputError(f"trainer.cuda_graph needs a GPU, but the device is {device.type}: leave it out")
+    if config.trainer.cuda_graph and distributed.world_size() > 1:
+        raise InputError("trainer.cuda_graph is for one process, and there are several: leave it out")
 
 
 def _how_rendered(config: DataConfig) -> dict[str, Any] | list[dict[str, Any] | None] | None:

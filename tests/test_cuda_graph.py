@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fa_stereo.config import ModelConfig
-from fa_stereo.cuda_graph import GraphedNetwork, Network, record_cuda_graph
+from fa_stereo.cuda_graph import GraphedNetwork, GraphedPass, Network, Passes, record_cuda_graph
 from fa_stereo.errors import InputError
 from fa_stereo.models.optimized import optimize_for_inference
 from fa_stereo.models.psmnet import build_model
@@ -110,3 +110,67 @@ def test_what_cannot_be_recorded_is_an_input_error() -> None:
     pair = torch.randn(2, 1, 3, 16, 16, device="cuda")
     with torch.inference_mode(), pytest.raises(InputError, match="cannot be recorded as a CUDA graph"):
         record_cuda_graph(waits, *pair)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# passes of training
+
+
+def passes_of(weight: nn.Parameter) -> Passes:
+    """Return passes forward and backward of a loss whose gradient for ``weight`` is the sum of the input."""
+
+    def passes(x: Tensor) -> tuple[Tensor, ...]:
+        loss = (weight * x).sum()
+        loss.backward()
+        return (loss.detach(),)
+
+    return passes
+
+
+def test_passes_are_recorded_at_the_fourth_call_for_its_size_alone() -> None:
+    weight, recorded, replayed = nn.Parameter(torch.tensor(2.0)), [], []
+
+    def record(passes: Passes, inputs: tuple[Tensor, ...]) -> Passes:
+        assert weight.grad is not None
+        recorded.append([len(x) for x in inputs])
+
+        def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
+            replayed.append(len(inputs[0]))
+            return passes(*inputs)
+
+        return replay
+
+    graphed = GraphedPass(passes_of(weight), [weight], record)
+    for count, length in enumerate((5, 5, 5, 7, 5, 7), start=1):
+        weight.grad = None if count == 4 else weight.grad  # as though no gradient had ever been asked for
+        assert graphed(torch.ones(length))[0] == 2 * length
+    assert recorded == [[7]]
+    assert replayed == [7, 7]
+    assert weight.grad == 7 + 5 + 7
+
+
+@needs_gpu
+def test_recorded_passes_add_to_gradients() -> None:
+    weight = nn.Parameter(torch.tensor(2.0, device="cuda"))
+    graphed, expected = GraphedPass(passes_of(weight), [weight]), 0.0
+    for call in range(6):
+        x = torch.arange(call, call + 4, device="cuda", dtype=torch.float32)
+        (loss,) = graphed(x)
+        expected += float(x.sum())
+        assert weight.grad == expected
+        assert loss == 2 * x.sum()
+
+
+@needs_gpu
+def test_passes_that_cannot_be_recorded_are_an_input_error() -> None:
+    weight = nn.Parameter(torch.tensor(2.0, device="cuda"))
+
+    def waits(x: Tensor) -> tuple[Tensor, ...]:
+        return passes_of(weight)(x * float(x.max()))
+
+    graphed = GraphedPass(waits, [weight])
+    x = torch.ones(4, device="cuda")
+    for _ in range(3):
+        graphed(x)
+    with pytest.raises(InputError, match="this training step cannot be recorded as a CUDA graph"):
+        graphed(x)

@@ -410,3 +410,37 @@ def test_steps_on_a_gpu(pairs: Path, tmp_path: Path, precision: str, tolerance: 
         trainer__ema_decay=0.5, trainer__activation_checkpointing=True,
     )  # fmt: skip
     assert Trainer(config).run().finished
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_steps_by_a_cuda_graph_are_the_same(pairs: Path, tmp_path: Path, precision: str) -> None:
+    """Over six steps of two equal parts and a smaller one, the first of which are not recorded yet."""
+    compute_float32_in_full()
+    trainers = [
+        Trainer(
+            tiny_config(
+                pairs, tmp_path / str(graph), trainer__device="cuda", trainer__precision=precision,
+                trainer__batch_size=5, trainer__micro_batch_size=2, trainer__cuda_graph=graph,
+                trainer__gradient_clip_norm=1.0, optimizer__learning_rate=1e-4,
+            )
+        )
+        for graph in (False, True)
+    ]  # fmt: skip
+    losses: list[list[float]] = [[], []]
+    for trainer, seen in zip(trainers, losses, strict=True):
+        trainer._train_mode()
+        for _, batch in zip(range(6), trainer._batches(), strict=False):
+            seen.append(trainer.train_step(batch)["loss/total"])
+            trainer.step += 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3 if precision == "fp32" else 0.05)
+    assert losses[0][-1] != losses[0][0]
+    expected, found = (trainer.model.state_dict() for trainer in trainers)
+    assert all(torch.equal(expected[name], found[name]) for name in expected if name.endswith("num_batches_tracked"))
+
+
+def test_a_cuda_graph_without_a_gpu(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"trainer\.cuda_graph needs a GPU, but the device is cpu: leave it out"):
+        Trainer(tiny_config(pairs, tmp_path, trainer__device="cpu", trainer__cuda_graph=True))
+    with pytest.raises(InputError, match=r"trainer\.compile and trainer\.cuda_graph exclude each other"):
+        tiny_config(pairs, tmp_path, trainer__compile=True, trainer__cuda_graph=True)

@@ -24,6 +24,7 @@ from fa_stereo.models.layers import (
     DeconvNorm3d,
     convolve,
     initialize_like_psmnet,
+    normalize,
     upsample,
 )
 from fa_stereo.models.recomputation import Run, call
@@ -47,7 +48,8 @@ class VolumeEntry(nn.Module):
         """Map the features of both views, [B, c, H, W] each, to [B, c, D, H, W]; ``plain`` stores the volume."""
         convolve = convolve_cost_volume_reference if plain else convolve_cost_volume
         conv = self.conv1.conv
-        x = self.conv1.norm(convolve(left, right, conv.weight, disparities, conv.bias))
+        x = convolve(left, right, conv.weight, disparities, conv.bias)
+        x = normalize(self.conv1.norm, x, plain=plain)
         x = F.relu(x, inplace=True)
         return F.relu(self.conv2(x), inplace=True)
 

@@ -140,7 +140,7 @@ def _triton_assemble(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     def load() -> Kernel:
         from fa_stereo.models.cost_volume_triton import TritonAssemble
 
-        sizes = ((3, 1), (12, 1), (3, 3), (3, 4))  # channels and columns, of one pixel and four disparities
+        sizes = ((3, 1), (12, 1), (3, 3), (3, 3))  # channels and columns, of one pixel and four disparities
         parts = [torch.ones(1, n, 1, m, device=device, dtype=dtype).requires_grad_() for n, m in sizes]
         volume = TritonAssemble.apply(*parts, None, 4)  # 1 + 1 at d = 0 to 2; at d = 3 nothing is left, or the bias
         uses = [int(gradient.sum()) for gradient in torch.autograd.grad(volume.sum(), parts)]

@@ -12,14 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fa_stereo.models.triton_support import Kernel, checked_kernel
+
 ONEDNN_ELEMENTS = 20480
 """PyTorch hands a float32 convolution of a single sample to oneDNN only if channels x disparities x rows exceed this;
 its own takes about five times as long (on x86), and memory for every tap of the kernel."""
+
+_LARGE_MAP = 1 << 21
+"""Values of a map from which on batch norm's own kernels are worth being launched."""
 
 _appending = True  # see without_appended_zeros
 
@@ -50,8 +56,7 @@ class ConvNorm2d(nn.Module):
         if _folds(self):
             conv = self.conv
             return F.conv2d(x, *fold(conv, self.norm), conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
-        out: Tensor = self.norm(self.conv(x))
-        return out
+        return normalize(self.norm, self.conv(x), plain=self.plain)
 
 
 class ConvNorm3d(nn.Module):
@@ -68,8 +73,7 @@ class ConvNorm3d(nn.Module):
         """Convolve and normalise."""
         if _folds(self):
             return F.conv3d(x, *fold(self.conv, self.norm), self.conv.stride, 1)
-        out: Tensor = self.norm(convolve(self.conv, x))
-        return out
+        return normalize(self.norm, convolve(self.conv, x), plain=self.plain)
 
 
 class DeconvNorm3d(nn.Module):
@@ -86,8 +90,56 @@ class DeconvNorm3d(nn.Module):
         """Convolve and normalise."""
         if _folds(self):
             return F.conv_transpose3d(x, *fold(self.conv, self.norm), 2, 1, output_padding=1)
-        out: Tensor = self.norm(upsample(self.conv, x))
-        return out
+        return normalize(self.norm, upsample(self.conv, x), plain=self.plain)
+
+
+def normalize(norm: nn.Module, x: Tensor, *, plain: bool = False) -> Tensor:
+    """Return ``norm(x)`` for a map [B, C, ...]: on a GPU in training by kernels for large maps, unless ``plain``."""
+    if not plain and isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d) and _suits_kernels(norm, x):
+        kernels = _triton_batch_norm(x.device, x.dtype)
+        if kernels is not None:
+            assert norm.num_batches_tracked is not None
+            norm.num_batches_tracked.add_(1)
+            normalized: Tensor = kernels(
+                x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps
+            )
+            return normalized
+    out: Tensor = norm(x)
+    return out
+
+
+def _suits_kernels(norm: nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> bool:
+    """Tell whether a batch norm has to find the statistics of a map that our kernels take, and that is worth it."""
+    if not x.is_cuda or not norm.training or x.numel() < _LARGE_MAP or x.dtype == torch.float64:
+        return False
+    if not norm.affine or norm.running_mean is None or norm.momentum is None or norm.weight.dtype != torch.float32:
+        return False
+    if torch.compiler.is_compiling() or _has_hooks(norm):
+        return False
+    memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.is_contiguous(memory_format=memory_format) and x.shape[1] in (4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@cache
+def _triton_batch_norm(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """Return the kernels if Triton is there and compiles them for this GPU and type, else None."""
+
+    def load() -> Kernel:
+        from fa_stereo.models.batch_norm_triton import TritonBatchNorm
+
+        x = torch.tensor([1.0, 2.0, 3.0, 7.0], device=device, dtype=dtype).view(1, 2, 1, 2)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()  # means 1.5 and 5, deviations 0.5 and 2
+        weight, bias, mean, variance = (torch.ones(2, device=device) for _ in range(4))
+        out = TritonBatchNorm.apply(x, weight.requires_grad_(), bias.requires_grad_(), mean, variance, 0.5, 0.0)
+        gradients = torch.autograd.grad(out, (x, weight, bias), x.detach())
+        found = torch.cat([values.detach().float().flatten() for values in (out, *gradients, mean, variance)])
+        expected = [0, 2, 0, 2, 0, 0, 0, 0, 1, 4, 3, 10, 1.25, 3, 0.75, 4.5]
+        if not torch.allclose(found, found.new_tensor(expected), atol=1e-4, rtol=0):
+            raise RuntimeError(f"of 1, 2 and 3, 7 came out {found.tolist()}")
+        apply: Kernel = TritonBatchNorm.apply
+        return apply
+
+    return checked_kernel(load, "batch norm in training")
 
 
 def _folds(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d) -> bool:
@@ -103,8 +155,12 @@ def _folds(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d) -> bool:
         return False
     if norm.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
+    return not _has_hooks(layer.conv) and not _has_hooks(norm)
+
+
+def _has_hooks(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(getattr(child, kind) for child in (layer.conv, norm) for kind in kinds)
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def fold(
