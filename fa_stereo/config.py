@@ -413,6 +413,9 @@ class DataConfig:
         validation: Validation pairs; None, or files whose ``root`` is not given, skips validation.
         augmentation: Crop and random changes of training samples.
         workers: Loader processes per training process.
+        render_workers: Processes per training process that render the pairs of rendered sources, of one size, once and
+            into memory, while the training goes on with those that are there; for machines with many cores. It sees
+            the same pairs, but not in the same order twice. 0 renders every pair anew when it is drawn.
     """
 
     train: DatasetConfig = field(default_factory=DatasetConfig)
@@ -420,9 +423,11 @@ class DataConfig:
     validation: DatasetConfig | None = None
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     workers: int = 4
+    render_workers: int = 0
 
     def __post_init__(self) -> None:
         _check_positive("data.workers", self.workers, zero=True)
+        _check_positive("data.render_workers", self.render_workers, zero=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import cv2
-import torch
 from tqdm import tqdm
 
 from fa_stereo.config import RenderConfig, to_plain
 from fa_stereo.data.formats import write_bytes
+from fa_stereo.data.loading import start_renderer
 from fa_stereo.data.rendered import LARGEST_SET, RenderedPairs, frame_files, read_settings, settings_file, write_frame
 from fa_stereo.errors import InputError
 
@@ -118,7 +117,7 @@ def _mapped(work: partial[None], indices: Iterable[int], workers: int) -> Iterat
         yield map(work, indices)
         return
     context = multiprocessing.get_context("spawn")  # forking a process that has run PyTorch may hang
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_renderer) as pool:
         try:
             with _interrupts_ignored():  # by the workers, which inherit it: Ctrl-C is this process's business
                 done = pool.map(work, indices)
@@ -138,17 +137,3 @@ def _interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _start_worker() -> None:
-    """Use one thread, and do not outlive the command: a killed one cannot tell its workers to stop."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -53,7 +53,20 @@ def open_training_pairs(config: DataConfig) -> Dataset[StereoSample]:
                     f"{name}: data.augmentation.horizontal_flip needs the right view's disparity, which "
                     f"{pairs[0].name} does not have: use {remedy}, or data.augmentation.horizontal_flip=0"
                 )
+    if config.render_workers:
+        parts = _pool_rendered(parts, config.render_workers)
     return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+
+
+def _pool_rendered(parts: list[Dataset[StereoSample]], workers: int) -> list[Dataset[StereoSample]]:
+    """Replace the rendered ones of several sources by a pool of all their pairs."""
+    from fa_stereo.data.pool import RenderedPool
+    from fa_stereo.data.rendered import RenderedPairs
+
+    rendered = [part for part in parts if isinstance(part, RenderedPairs)]
+    if not rendered:
+        raise InputError("data.render_workers is for rendered pairs, and no source renders any: leave it out")
+    return [RenderedPool(rendered, workers), *(part for part in parts if not isinstance(part, RenderedPairs))]
 
 
 class LimitedDataset(Dataset[StereoSample]):

@@ -1,8 +1,11 @@
-"""How the processes that load pairs are started, in training and in evaluation alike."""
+"""How the processes that load or render pairs are started, in training and in evaluation alike."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from typing import Any
 
 import cv2
@@ -43,3 +46,17 @@ def _prepare(worker: int) -> None:
     cv2.setNumThreads(0)  # the processes share the cores already
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def start_renderer() -> None:
+    """Have a process that renders use one thread, and not outlive its parent: a killed one cannot tell it to stop."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,110 @@
+"""Pairs rendered beside the training: what is drawn is what would be rendered, from the first pair on."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.data import ConcatDataset
+
+from fa_stereo.config import DataConfig, DatasetConfig, RenderConfig
+from fa_stereo.data import open_training_pairs, pool
+from fa_stereo.data.pool import RenderedPool
+from fa_stereo.data.rendered import RenderedPairs, render_pair
+from fa_stereo.errors import InputError
+
+EASY = RenderConfig(height=32, width=64, samples=4, seed=5, max_disparity=32, max_shapes=12)
+HARD = RenderConfig(height=32, width=64, samples=2, seed=6, max_disparity=32, max_shapes=12, plain=0.5)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Iterator[RenderedPool]:
+    pairs = RenderedPool([RenderedPairs(EASY), RenderedPairs(HARD)], workers=2)
+    yield pairs
+    pairs.close()
+
+
+def wait_for_all(pairs: RenderedPool) -> None:
+    until = time.monotonic() + 120
+    while pairs.rendered < len(pairs) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert pairs.rendered == len(pairs)
+
+
+def test_every_pair_is_there_in_the_end(pairs: RenderedPool) -> None:
+    """Those of a kind in order, the kinds in turn; seen from another process's copy too."""
+    pairs[5]  # the first that is there, whichever it is
+    wait_for_all(pairs)
+    turns = [(EASY, 0), (HARD, 0), (EASY, 1), (EASY, 2), (HARD, 1), (EASY, 3)]
+    copy = pickle.loads(pickle.dumps(pairs))
+    assert len(pairs) == len(copy) == len(turns)
+    for place, (config, number) in enumerate(turns):
+        expected = render_pair(config, number)
+        for sample in (pairs[place], copy[place]):
+            assert sample.name == expected.name
+            for name in ("left", "right", "disparity", "right_disparity"):
+                assert np.array_equal(getattr(sample, name), getattr(expected, name))
+
+
+def test_a_sample_may_be_changed(pairs: RenderedPool) -> None:
+    wait_for_all(pairs)
+    before = pairs[0].left.copy()
+    pairs[0].left[:] = 0
+    assert np.array_equal(pairs[0].left, before)
+
+
+def test_until_then_those_that_are_there_are_drawn() -> None:
+    pairs = RenderedPool([RenderedPairs(EASY)], workers=0)
+    pairs._ready[1] = pairs._ready[3] = 1
+    pairs._pictures[1], pairs._pictures[3] = 10, 30
+    assert [int(pairs[i].left[0, 0, 0]) for i in range(4)] == [10, 10, 10, 30]
+    with pytest.raises(IndexError):
+        pairs[4]
+    pairs.close()
+
+
+def test_memory_and_processes_are_given_back() -> None:
+    pairs = RenderedPool([RenderedPairs(EASY)], workers=1)
+    folder, (process,) = pairs._folder, pairs._processes
+    assert folder.is_dir()
+    del pairs
+    assert not folder.exists()
+    assert not process.is_alive()
+
+
+def test_nothing_rendered_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_PATIENCE_SECONDS", 0.1)
+    pairs = RenderedPool([RenderedPairs(EASY)], workers=0)
+    with pytest.raises(InputError, match=r"data\.render_workers: no pair was rendered"):
+        pairs[0]
+    pairs.close()
+
+
+def test_no_room_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = RenderConfig(height=4096, width=4096, samples=10**9)
+    with pytest.raises(InputError, match="GB, more than is free in"):
+        RenderedPool([RenderedPairs(large)], workers=1)
+
+
+def test_kinds_of_different_sizes_are_an_error() -> None:
+    small = RenderConfig(height=16, width=64, samples=1)
+    with pytest.raises(InputError, match="needs rendered pairs of one size"):
+        RenderedPool([RenderedPairs(EASY), RenderedPairs(small)], workers=1)
+
+
+def test_the_rendered_sources_of_a_training_share_one(tmp_path: Path) -> None:
+    from training_runs import write_pairs
+
+    root = str(write_pairs(tmp_path / "pairs"))
+    rendered = [DatasetConfig(kind="rendered", rendered=config) for config in (EASY, HARD)]
+    files = DatasetConfig(kind="pairs", root=root)
+    joined = open_training_pairs(DataConfig(rendered[0], [files, rendered[1]], render_workers=1))
+    assert isinstance(joined, ConcatDataset)
+    assert [type(part).__name__ for part in joined.datasets] == ["RenderedPool", "OwnPairs"]
+    assert len(joined.datasets[0]) == 6  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"data\.render_workers is for rendered pairs"):
+        open_training_pairs(DataConfig(files, render_workers=1))
