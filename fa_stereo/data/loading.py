@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -48,15 +49,21 @@ def _prepare(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def start_renderer() -> None:
-    """Have a process that renders use one thread, and not outlive its parent: a killed one cannot tell it to stop."""
+def start_renderer(at_end: Callable[[], object] | None = None) -> None:
+    """Have a process that renders use one thread, and not outlive its parent: a killed one cannot tell it to stop.
+
+    Args:
+        at_end: What to do when the parent has ended first.
+    """
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(at_end,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(at_end: Callable[[], object] | None) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    if at_end is not None:
+        at_end()
     os._exit(1)

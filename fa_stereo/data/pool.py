@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -159,8 +161,8 @@ def _make_room(needed: int) -> Path:
 def _render(
     folder: Path, configs: list[RenderConfig], devices: list[str], pairs: list[tuple[int, int]], share: range
 ) -> None:
-    """Render a process's share of the pairs, in their order."""
-    start_renderer()
+    """Render a process's share of the pairs, in their order; the first process then waits, to clear up after a kill."""
+    start_renderer(partial(shutil.rmtree, folder, ignore_errors=True))
     os.nice(10)
     pictures, disparities, ready = _arrays(folder, configs[0], len(pairs))
     for place in share:
@@ -171,6 +173,10 @@ def _render(
         pictures[place] = sample.left, sample.right
         disparities[place] = sample.disparity, sample.right_disparity
         ready[place] = 1
+    parent = multiprocessing.parent_process()
+    if share.start == 0 and parent is not None:
+        parent.join()
+        threading.Event().wait()  # for the thread that clears up, and ends the process
 
 
 def _close(folder: Path, processes: list[BaseProcess], owner: int) -> None:

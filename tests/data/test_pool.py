@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from torch.utils.data import ConcatDataset
+from training_runs import environment, write_pairs
 
 from fa_stereo.config import DataConfig, DatasetConfig, RenderConfig
 from fa_stereo.data import open_training_pairs, pool
@@ -76,6 +79,34 @@ def test_memory_and_processes_are_given_back() -> None:
     assert not process.is_alive()
 
 
+def test_a_killed_run_leaves_no_memory_behind(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from fa_stereo.config import RenderConfig\n"
+        "from fa_stereo.data.pool import RenderedPool\n"
+        "from fa_stereo.data.rendered import RenderedPairs\n"
+        "if __name__ == '__main__':\n"
+        "    config = RenderConfig(height=32, width=64, samples=1, max_disparity=32, max_shapes=12)\n"
+        "    pairs = RenderedPool([RenderedPairs(config)], workers=1)\n"
+        "    pairs[0]\n"
+        "    print(pairs._folder, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    run = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, text=True, env=environment())
+    assert run.stdout is not None
+    with run.stdout:
+        folder = Path(run.stdout.readline().strip())
+    assert folder.is_dir()
+    run.kill()
+    run.wait()
+    until = time.monotonic() + 20
+    while folder.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not folder.exists()
+
+
 def test_nothing_rendered_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_PATIENCE_SECONDS", 0.1)
     pairs = RenderedPool([RenderedPairs(EASY)], workers=0)
@@ -97,8 +128,6 @@ def test_kinds_of_different_sizes_are_an_error() -> None:
 
 
 def test_the_rendered_sources_of_a_training_share_one(tmp_path: Path) -> None:
-    from training_runs import write_pairs
-
     root = str(write_pairs(tmp_path / "pairs"))
     rendered = [DatasetConfig(kind="rendered", rendered=config) for config in (EASY, HARD)]
     files = DatasetConfig(kind="pairs", root=root)
