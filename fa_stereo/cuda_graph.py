@@ -110,10 +110,10 @@ def record_cuda_graph(network: Network, left: Tensor, right: Tensor) -> Network:
 
 
 class GraphedPass:
-    """Passes forward and backward, from the fourth call on by a CUDA graph, for inputs of the size that call has.
+    """Passes forward and backward, for inputs of the size of the first, from the fourth of these on by a CUDA graph.
 
-    The calls before let PyTorch choose its kernels and compile those of its own. Inputs of another size are never
-    recorded. A graph writes to the gradients where they are in memory: clear them by ``zero_grad(set_to_none=False)``.
+    The calls before let PyTorch choose its kernels, and Triton compile ours. Inputs of another size are never recorded.
+    A graph writes to the gradients where they are in memory: clear them by ``zero_grad(set_to_none=False)``.
 
     Args:
         passes: What to run: the same kernels for every input of a size, and no transfers to the CPU.
@@ -136,7 +136,7 @@ class GraphedPass:
         self._parameters = list(parameters)
         self._record = record or record_passes
         self._replay: Passes | None = None
-        self._calls = 0
+        self._calls = 0  # with inputs of these sizes
         self._sizes: list[torch.Size] = []
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -146,14 +146,16 @@ class GraphedPass:
             InputError: The passes cannot be recorded.
         """
         sizes = [x.shape for x in inputs]
+        self._sizes = self._sizes or sizes
+        if sizes != self._sizes:
+            return self.passes(*inputs)
         self._calls += 1
-        if self._replay is None and self._calls > self._CALLS_BEFORE:
+        if self._calls > self._CALLS_BEFORE and self._replay is None:
             for parameter in self._parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            self._sizes, self._replay = sizes, self._record(self.passes, inputs)
-        replay = self._replay if sizes == self._sizes else None
-        return (replay or self.passes)(*inputs)
+            self._replay = self._record(self.passes, inputs)
+        return (self._replay or self.passes)(*inputs)
 
 
 def record_passes(passes: Passes, inputs: tuple[Tensor, ...]) -> Passes:

@@ -158,6 +158,7 @@ def export_weights(
                     f"--data-root {data_root}: the run had several sources (data.also): put them back where they were"
                 )
             data.train.root = data_root
+        data.render_workers = 0  # the first pairs of the run, not the first that are there
         for part in (data.train, *data.also):
             part.rendered.device = "auto"  # not that of the machine it was trained on
         batches = training_batches(data, state["config"]["trainer"]["seed"], batch_norm_pairs, batch_size, workers)

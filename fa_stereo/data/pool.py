@@ -95,7 +95,7 @@ class RenderedPool(Dataset[StereoSample]):
     def _any_ready(self, index: int) -> int:
         until = time.monotonic() + _PATIENCE_SECONDS
         while True:
-            ready = np.flatnonzero(self._ready)
+            ready = np.flatnonzero(self._ready.copy())  # the processes go on, and NumPy refuses what changes
             if len(ready):
                 return int(ready[index % len(ready)])
             if time.monotonic() > until:

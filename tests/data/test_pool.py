@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,27 @@ def test_until_then_those_that_are_there_are_drawn() -> None:
     with pytest.raises(IndexError):
         pairs[4]
     pairs.close()
+
+
+def test_pairs_that_arrive_while_one_is_drawn_do_not_matter() -> None:
+    """NumPy raises an error where it counts entries that change under its hands."""
+    many = RenderConfig(height=16, width=16, samples=100_000)
+    pairs = RenderedPool([RenderedPairs(many)], workers=0)
+    pairs._ready[-1], stop = 1, threading.Event()
+
+    def arrive() -> None:
+        while not stop.is_set():
+            for value in (1, 0):
+                pairs._ready[: len(pairs) // 2] = value
+
+    thread = threading.Thread(target=arrive)
+    thread.start()
+    try:
+        assert all(0 <= pairs._any_ready(index) < len(pairs) for index in range(3000))
+    finally:
+        stop.set()
+        thread.join()
+        pairs.close()
 
 
 def test_memory_and_processes_are_given_back() -> None:
