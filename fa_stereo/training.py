@@ -831,9 +831,9 @@ def _check_precision(config: TrainConfig, device: torch.device) -> None:
 
 def _check_graph(config: TrainConfig, device: torch.device) -> None:
     if config.trainer.cuda_graph and device.type != "cuda":
-        raise InputError(f"trainer.cuda_graph needs a GPU, but the device is {device.type}: leave it out")
+        raise InputError(f"trainer.cuda_graph needs a GPU, but the device is {device.type}: set it to false")
     if config.trainer.cuda_graph and distributed.world_size() > 1:
-        raise InputError("trainer.cuda_graph is for one process, and there are several: leave it out")
+        raise InputError("trainer.cuda_graph is for one process, and there are several: set it to false")
 
 
 def _how_rendered(config: DataConfig) -> dict[str, Any] | list[dict[str, Any] | None] | None:

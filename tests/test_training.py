@@ -465,7 +465,7 @@ def test_steps_by_a_cuda_graph_are_the_same(pairs: Path, tmp_path: Path, precisi
 
 
 def test_a_cuda_graph_without_a_gpu(pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"trainer\.cuda_graph needs a GPU, but the device is cpu: leave it out"):
+    with pytest.raises(InputError, match=r"trainer\.cuda_graph needs a GPU, but the device is cpu: set it to false"):
         Trainer(tiny_config(pairs, tmp_path, trainer__device="cpu", trainer__cuda_graph=True))
     with pytest.raises(InputError, match=r"trainer\.compile and trainer\.cuda_graph exclude each other"):
         tiny_config(pairs, tmp_path, trainer__compile=True, trainer__cuda_graph=True)
