@@ -413,9 +413,10 @@ class DataConfig:
         validation: Validation pairs; None, or files whose ``root`` is not given, skips validation.
         augmentation: Crop and random changes of training samples.
         workers: Loader processes per training process.
-        render_workers: Processes per training process that render the pairs of rendered sources, of one size, once and
-            into memory, while the training goes on with those that are there; for machines with many cores. It sees
-            the same pairs, but not in the same order twice. 0 renders every pair anew when it is drawn.
+        render_workers: Processes that render the pairs of rendered sources, of one size, once and into memory (14 bytes
+            a pixel, for all of them from the start), while the training goes on with those that are there; for machines
+            with many cores. It sees the same pairs, but not in the same order twice. Every training process has its
+            own. 0 renders every pair anew when it is drawn.
     """
 
     train: DatasetConfig = field(default_factory=DatasetConfig)
@@ -541,7 +542,9 @@ class TrainerConfig:
         compile: Run features and aggregation through torch.compile, for GPUs: the first step takes minutes, and on a
             CPU nothing is gained. Not together with ``activation_checkpointing``.
         cuda_graph: Record the passes forward and backward once and launch their kernels as one, for GPUs that wait for
-            Python otherwise (small models, busy CPUs); the same values. For one process, not together with ``compile``.
+            Python otherwise (small models, busy CPUs); the same values. Its activations keep their memory, beside
+            which steps with pictures, smaller last micro-batches and validations take theirs. For one process, not
+            together with ``compile``.
         seed: Of weights, data order and augmentation.
         device: ``auto``, ``cpu`` or ``cuda``.
         log_every_steps: Scalars to TensorBoard.

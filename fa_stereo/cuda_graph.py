@@ -96,6 +96,8 @@ def record_cuda_graph(network: Network, left: Tensor, right: Tensor) -> Network:
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 result = network(*inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise _not_recorded(error, "this network") from error
 
@@ -177,6 +179,8 @@ def record_passes(passes: Passes, inputs: tuple[Tensor, ...]) -> Passes:
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 results = passes(*copies)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise _not_recorded(error, "this training step") from error
 
@@ -190,9 +194,7 @@ def record_passes(passes: Passes, inputs: tuple[Tensor, ...]) -> Passes:
     return replay
 
 
-def _not_recorded(error: RuntimeError, what: str) -> RuntimeError | InputError:
+def _not_recorded(error: RuntimeError, what: str) -> InputError:
     """Return what to raise instead of an error while recording."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return error
     reason = str(error).strip().split("\n")[0]
     return InputError(f"{what} cannot be recorded as a CUDA graph ({reason}): go without it")

@@ -52,6 +52,7 @@ from fa_stereo.config import (
 )
 from fa_stereo.cuda_graph import GraphedPass
 from fa_stereo.data import open_dataset, open_training_pairs
+from fa_stereo.data.pool import close_pools
 from fa_stereo.data.rendered import read_settings
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
@@ -132,6 +133,7 @@ class Trainer:
         _check_data(config)
         _check_precision(config, self.device)
         _check_graph(config, self.device)
+        _check_clock(config)
         self.stream = TrainingStream(
             open_training_pairs(config.data), TrainingTransform(config.data.augmentation), self.settings.seed
         )
@@ -143,11 +145,6 @@ class Trainer:
         if self.settings.max_steps is not None:
             self.total_steps = min(self.total_steps, self.settings.max_steps)
         if self.settings.max_minutes is not None:
-            if config.schedule.kind == "multi_step":
-                raise InputError(
-                    "trainer.max_minutes does not go with schedule=multi_step, whose milestones are epochs: "
-                    "take schedule=cosine, linear, one_cycle or constant"
-                )
             self.total_steps = sys.maxsize  # until the time is over
 
         _seed_everything(self.settings.seed)
@@ -228,6 +225,7 @@ class Trainer:
         finally:
             if log:
                 log.close()
+            close_pools(self.stream.dataset)
         if finished:
             self._export()
         else:
@@ -330,7 +328,7 @@ class Trainer:
                 self._uncompiled(drawing),
             ):
                 values, prediction = both_passes(left, right, truth, counts)
-            sums = values if number == 1 else sums + values
+            sums = values.clone() if number == 1 else sums + values  # a graph writes over its values
         total, cross_entropy, *outputs, end_point_error = distributed.sum_over_processes(sums.double()).tolist()
         if not math.isfinite(total):
             raise self._not_finite("loss", batch)
@@ -625,6 +623,8 @@ class Trainer:
             {key: value for key, value in group.items() if key not in ("params", "lr")}  # every step sets its rate
             for group in self.optimizer.param_groups
         ]
+        for group, own in zip(state["optimizer"]["param_groups"], settings, strict=True):
+            group["fused"] = own["fused"]  # tells on which device its counters are loaded
         self.optimizer.load_state_dict(state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # decay rates and the like are this run's: those that were saved may have been changed
@@ -783,12 +783,12 @@ class _StoppedInValidation(Exception):
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of all of a network's parameters, on a GPU one that updates them in a few kernels."""
+    """Return the optimizer of all of a network's parameters; Adam's update is one kernel on a GPU."""
     parameters, rate, decay = list(model.parameters()), config.learning_rate, config.weight_decay
-    fused = all(parameter.is_cuda for parameter in parameters)
     if config.kind == "sgd":
-        return torch.optim.SGD(parameters, rate, config.momentum, weight_decay=decay, fused=fused)
+        return torch.optim.SGD(parameters, rate, config.momentum, weight_decay=decay)
     kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    fused = all(parameter.is_cuda for parameter in parameters) or None
     return kind(parameters, rate, (config.betas[0], config.betas[1]), weight_decay=decay, fused=fused)
 
 
@@ -834,6 +834,14 @@ def _check_graph(config: TrainConfig, device: torch.device) -> None:
         raise InputError(f"trainer.cuda_graph needs a GPU, but the device is {device.type}: set it to false")
     if config.trainer.cuda_graph and distributed.world_size() > 1:
         raise InputError("trainer.cuda_graph is for one process, and there are several: set it to false")
+
+
+def _check_clock(config: TrainConfig) -> None:
+    if config.trainer.max_minutes is not None and config.schedule.kind == "multi_step":
+        raise InputError(
+            "trainer.max_minutes does not go with schedule=multi_step, whose milestones are epochs: "
+            "take schedule=cosine, linear, one_cycle or constant"
+        )
 
 
 def _how_rendered(config: DataConfig) -> dict[str, Any] | list[dict[str, Any] | None] | None:

@@ -26,7 +26,8 @@ from fa_stereo.cuda_graph import Passes
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import evaluate
 from fa_stereo.machine import compute_float32_in_full
-from fa_stereo.models.checkpoint import load_model, read_record, save_weights
+from fa_stereo.models import layers
+from fa_stereo.models.checkpoint import load_model, read_record, read_torch_file, save_weights
 from fa_stereo.models.psmnet import build_model
 from fa_stereo.training import Trainer, TrainingError, WeightAverage, build_optimizer
 from tests.gpu import needs_gpu
@@ -398,9 +399,13 @@ def test_cuda_that_is_not_there(pairs: Path, tmp_path: Path, monkeypatch: pytest
 
 
 @needs_gpu
+@pytest.mark.parametrize("large_map", [1, layers._LARGE_MAP])  # batch norm by kernels everywhere, and nowhere
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.1), ("fp16", 0.1)])
-def test_steps_on_a_gpu(pairs: Path, tmp_path: Path, precision: str, tolerance: float) -> None:
+def test_steps_on_a_gpu(
+    pairs: Path, tmp_path: Path, precision: str, tolerance: float, large_map: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pinned batches, loss scaling, kernels: the first loss is the CPU's, and a run of steps ends."""
+    monkeypatch.setattr(layers, "_LARGE_MAP", large_map)
     compute_float32_in_full()
     losses = []
     for device, chosen in (("cpu", "fp32"), ("cuda", precision)):
@@ -415,15 +420,15 @@ def test_steps_on_a_gpu(pairs: Path, tmp_path: Path, precision: str, tolerance: 
 
 
 def steps_with_and_without_a_graph(pairs: Path, tmp_path: Path, device: str, precision: str) -> list[list[float]]:
-    """Return the losses of six steps of a part of four samples and a smaller one, without and with a graph.
+    """Return the losses of six steps of two parts of four samples and a smaller one, without and with a graph.
 
-    The first steps are not recorded yet, and the smaller parts never are.
+    The first parts are not recorded yet, and the smaller ones never are.
     """
     losses: list[list[float]] = []
     trainers = []
     for graph in (False, True):
         config = tiny_config(
-            pairs, tmp_path / str(graph), trainer__device=device, trainer__precision=precision, trainer__batch_size=6,
+            pairs, tmp_path / str(graph), trainer__device=device, trainer__precision=precision, trainer__batch_size=10,
             trainer__micro_batch_size=4, trainer__cuda_graph=graph, trainer__gradient_clip_norm=1.0,
             trainer__max_steps=6, trainer__epochs=100, optimizer__learning_rate=1e-4,
         )  # fmt: skip
@@ -447,7 +452,16 @@ def test_steps_by_a_graph_that_replays_on_the_cpu(pairs: Path, tmp_path: Path, m
 
     def record(passes: Passes, inputs: tuple[torch.Tensor, ...]) -> Passes:
         recorded.append(len(inputs[0]))
-        return passes
+        results: list[torch.Tensor] = []
+
+        def replay(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            for number, new in enumerate(passes(*inputs)):
+                if number == len(results):
+                    results.append(new.clone())
+                results[number].copy_(new)
+            return tuple(results)  # which the next replay overwrites
+
+        return replay
 
     monkeypatch.setattr(fa_stereo.training, "_check_graph", lambda *_: None)
     monkeypatch.setattr(fa_stereo.cuda_graph, "record_passes", record)
@@ -457,11 +471,36 @@ def test_steps_by_a_graph_that_replays_on_the_cpu(pairs: Path, tmp_path: Path, m
 
 
 @needs_gpu
+@pytest.mark.parametrize("large_map", [1, layers._LARGE_MAP])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_steps_by_a_cuda_graph_are_the_same(pairs: Path, tmp_path: Path, precision: str) -> None:
+def test_steps_by_a_cuda_graph_are_the_same(
+    pairs: Path, tmp_path: Path, precision: str, large_map: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_LARGE_MAP", large_map)
     compute_float32_in_full()
     losses = steps_with_and_without_a_graph(pairs, tmp_path, "cuda", precision)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3 if precision == "fp32" else 0.05)
+
+
+def test_a_checkpoint_of_another_device_brings_its_counters_along(pairs: Path, tmp_path: Path) -> None:
+    """Adam counts its steps on a GPU where its update is fused, and on the CPU where it is not."""
+    config = tiny_config(pairs, tmp_path / "run", trainer__max_steps=1)
+    Trainer(config).run()
+    state = read_torch_file(tmp_path / "run" / "last.pt")
+    for group in state["optimizer"]["param_groups"]:
+        assert not group["fused"]
+        group["fused"] = True  # as though it had been written on a GPU
+    torch.save(state, tmp_path / "run" / "last.pt")
+    trainer = Trainer(tiny_config(pairs, tmp_path / "run", trainer__max_steps=2))
+    assert not any(group["fused"] for group in trainer.optimizer.param_groups)
+    assert trainer.run().step == 2
+
+
+@needs_gpu
+def test_a_checkpoint_of_a_cpu_goes_on_on_a_gpu(pairs: Path, tmp_path: Path) -> None:
+    for steps, device in ((1, "cpu"), (2, "cuda"), (3, "cpu")):
+        config = tiny_config(pairs, tmp_path / "run", trainer__max_steps=steps, trainer__device=device)
+        assert Trainer(config).run().step == steps
 
 
 def test_a_cuda_graph_without_a_gpu(pairs: Path, tmp_path: Path) -> None:

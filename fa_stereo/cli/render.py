@@ -6,8 +6,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from tqdm import tqdm
 
 from fa_stereo.config import RenderConfig, to_plain
 from fa_stereo.data.formats import write_bytes
-from fa_stereo.data.loading import start_renderer
+from fa_stereo.data.loading import interrupts_ignored, start_renderer
 from fa_stereo.data.rendered import LARGEST_SET, RenderedPairs, frame_files, read_settings, settings_file, write_frame
 from fa_stereo.errors import InputError
 
@@ -119,21 +117,9 @@ def _mapped(work: partial[None], indices: Iterable[int], workers: int) -> Iterat
     context = multiprocessing.get_context("spawn")  # forking a process that has run PyTorch may hang
     with ProcessPoolExecutor(workers, mp_context=context, initializer=start_renderer) as pool:
         try:
-            with _interrupts_ignored():  # by the workers, which inherit it: Ctrl-C is this process's business
+            with interrupts_ignored():  # by the workers, which inherit it: Ctrl-C is this process's business
                 done = pool.map(work, indices)
             yield done
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may change signals, and only it receives them
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

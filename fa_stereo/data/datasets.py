@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from torch.utils.data import ConcatDataset, Dataset
@@ -24,6 +25,11 @@ def open_dataset(config: DatasetConfig) -> Dataset[StereoSample]:
     Raises:
         InputError: The root is not given, missing, empty or incomplete.
     """
+    if config.kind == "rendered":
+        from fa_stereo.data.rendered import RenderedPairs  # reading files needs no renderer
+
+        samples = min(config.rendered.samples, config.limit or config.rendered.samples)
+        return RenderedPairs(dataclasses.replace(config.rendered, samples=samples))
     dataset = _open(config)
     if config.limit is not None:
         return LimitedDataset(dataset, config.limit)
@@ -91,10 +97,6 @@ class LimitedDataset(Dataset[StereoSample]):
 
 
 def _open(config: DatasetConfig) -> Dataset[StereoSample]:
-    if config.kind == "rendered":
-        from fa_stereo.data.rendered import RenderedPairs  # reading files needs no renderer
-
-        return RenderedPairs(config.rendered)
     root = checked_root(config.root, config.kind)
     if config.kind == "scene_flow":
         splits = ("train", "test") if config.split == "all" else (config.split,)

@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import cv2
@@ -49,21 +50,28 @@ def _prepare(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def start_renderer(at_end: Callable[[], object] | None = None) -> None:
-    """Have a process that renders use one thread, and not outlive its parent: a killed one cannot tell it to stop.
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C inside, as do processes that are started there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may change signals, and only it receives them
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-    Args:
-        at_end: What to do when the parent has ended first.
-    """
+
+def start_renderer() -> None:
+    """Have a process that renders use one thread, and not outlive its parent: a killed one cannot tell it to stop."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, args=(at_end,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with_parent(at_end: Callable[[], object] | None) -> None:
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    if at_end is not None:
-        at_end()
     os._exit(1)

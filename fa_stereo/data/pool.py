@@ -9,36 +9,36 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from fa_stereo.config import RenderConfig
-from fa_stereo.data.loading import start_renderer
+from fa_stereo.data.loading import interrupts_ignored, start_renderer
 from fa_stereo.data.rendered import RenderedPairs, render_pair
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.errors import InputError
 
-_PATIENCE_SECONDS = 300.0  # for the first pair
+_PATIENCE_SECONDS = 120.0  # for the first pair
 
 
 class RenderedPool(Dataset[StereoSample]):
     """Pairs of one or several kinds that processes render into shared memory, in turn by how many there are of each.
 
     ``pool[i]`` is pair i if it is there, else one of those that are, of any kind; so what a training run sees first
-    depends on the clock. The memory, 14 bytes for each pixel of a pair, is taken as pairs arrive, from ``/dev/shm`` if
-    it holds all of them, else from the folder for temporary files. It is given back, and the processes end, with the
-    object or with ``close``.
+    depends on the clock. The memory for all pairs, 14 bytes for each pixel of one, is taken at the start: of
+    ``/dev/shm`` if it holds them, else as a file without a name where temporary files are. It is given back, and the
+    processes end, with ``close``, with the object, and whatever kills this process.
 
     Args:
         sources: The kinds, of one size.
@@ -51,21 +51,21 @@ class RenderedPool(Dataset[StereoSample]):
     def __init__(self, sources: Sequence[RenderedPairs], workers: int) -> None:
         if len({(source.config.height, source.config.width) for source in sources}) > 1:
             raise InputError("data.render_workers needs rendered pairs of one size: give all the same height and width")
-        self._configs = [source.config for source in sources]
         counts = [len(source) for source in sources]
-        self._folder = _make_room(_bytes_each(self._configs[0]) * sum(counts))
+        self._configs = [source.config for source in sources]
+        self._workers = workers
+        self._file = _reserve(_bytes_each(self._configs[0]) * sum(counts) + workers)
         self._pairs = _in_turn(counts)
-        self._open(create=True)
+        self._map()
         context = multiprocessing.get_context("spawn")  # forking a process that has run PyTorch may hang
-        self._processes: list[BaseProcess] = []
-        self.close = weakref.finalize(self, _close, self._folder, self._processes, os.getpid())
-        devices = [source.device for source in sources]
-        for worker in range(workers):
-            share = range(worker, len(self._pairs), workers)
-            arguments = self._folder, self._configs, devices, self._pairs, share
-            process = context.Process(target=_render, args=arguments, daemon=True)
-            process.start()
-            self._processes.append(process)
+        processes: list[BaseProcess] = []
+        self._finalize = weakref.finalize(self, _end, processes, os.getpid())
+        with interrupts_ignored():  # by the processes, which inherit it: Ctrl-C is this one's business
+            for worker in range(workers):
+                arguments = self, worker, [source.device for source in sources]
+                process = context.Process(target=_render, args=arguments, daemon=True)
+                process.start()
+                processes.append(process)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -74,7 +74,7 @@ class RenderedPool(Dataset[StereoSample]):
         """Return a pair without the occlusion mask, its arrays in memory of its own.
 
         Raises:
-            InputError: None was rendered in all the time that is given to the first.
+            InputError: There is none, and will be none.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
@@ -90,7 +90,13 @@ class RenderedPool(Dataset[StereoSample]):
     @property
     def rendered(self) -> int:
         """How many pairs are there."""
-        return int(np.count_nonzero(self._ready))
+        return int(np.count_nonzero(self._ready.copy()))
+
+    def close(self) -> None:
+        """End the processes and give the memory back; no pair can be drawn any more."""
+        self._finalize()
+        self._pictures, self._disparities, self._ready, self._failed = (np.empty(0) for _ in range(4))
+        self._file.close()
 
     def _any_ready(self, index: int) -> int:
         until = time.monotonic() + _PATIENCE_SECONDS
@@ -98,25 +104,41 @@ class RenderedPool(Dataset[StereoSample]):
             ready = np.flatnonzero(self._ready.copy())  # the processes go on, and NumPy refuses what changes
             if len(ready):
                 return int(ready[index % len(ready)])
-            if time.monotonic() > until:
+            if self._failed.all() or time.monotonic() > until:
                 raise InputError(
-                    f"data.render_workers: no pair was rendered in {_PATIENCE_SECONDS:.0f} seconds; what the "
-                    "processes say above is why"
+                    "data.render_workers: no pair was rendered, and the processes that should have say why above; "
+                    "data.render_workers=0 renders in those of the loader"
                 )
             time.sleep(0.05)
 
-    def _open(self, *, create: bool = False) -> None:
-        self._pictures, self._disparities, self._ready = _arrays(
-            self._folder, self._configs[0], len(self._pairs), create=create
-        )
+    def _map(self) -> None:
+        """Map disparities [N, 2, H, W], pictures [N, 2, H, W, 3], which pairs are there [N], and who failed [P]."""
+        pairs, config = len(self._pairs), self._configs[0]
+        size = pairs, 2, config.height, config.width
+        shapes = (np.float32, size), (np.uint8, (*size, 3)), (np.uint8, (pairs,)), (np.uint8, (self._workers,))
+        arrays: list[NDArray[Any]] = []
+        offset = 0
+        for dtype, shape in shapes:
+            arrays.append(_mapped(self._file, dtype, offset, shape))
+            offset += arrays[-1].nbytes
+        self._disparities, self._pictures, self._ready, self._failed = arrays
 
     def __getstate__(self) -> dict[str, Any]:
-        """For loader processes: they open the same memory, and leave the rendering alone."""
-        return {"_folder": self._folder, "_configs": self._configs, "_pairs": self._pairs}
+        """For other processes: they open the same memory."""
+        kept = "_configs", "_pairs", "_workers"
+        return {name: self.__dict__[name] for name in kept} | {"descriptor": DupFd(self._file.fileno())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._file = os.fdopen(state.pop("descriptor").detach(), "r+b")
         self.__dict__.update(state)
-        self._open()
+        self._map()
+
+
+def close_pools(dataset: Dataset[Any]) -> None:
+    """Close a pool, or those that a data set is made of."""
+    for part in dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]:
+        if isinstance(part, RenderedPool):
+            part.close()
 
 
 def _in_turn(counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -134,56 +156,59 @@ def _bytes_each(config: RenderConfig) -> int:
     return config.height * config.width * (2 * 3 + 2 * 4) + 1
 
 
-def _arrays(
-    folder: Path, config: RenderConfig, pairs: int, *, create: bool = False
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
-    """Map pictures [N, 2, H, W, 3], disparities [N, 2, H, W], left and right each, and which pairs are there [N]."""
-    size = pairs, 2, config.height, config.width
-    mode: Any = "w+" if create else "r+"
-    return (
-        np.memmap(folder / "pictures", np.uint8, mode, shape=(*size, 3)),
-        np.memmap(folder / "disparities", np.float32, mode, shape=size),
-        np.memmap(folder / "ready", np.uint8, mode, shape=(pairs,)),
-    )
-
-
-def _make_room(needed: int) -> Path:
-    """Make a folder where so many bytes fit."""
-    for parent in (Path("/dev/shm"), Path(tempfile.gettempdir())):
-        if parent.is_dir() and shutil.disk_usage(parent).free > needed:
-            return Path(tempfile.mkdtemp(prefix="fa_stereo_pairs_", dir=parent))
+def _reserve(size: int) -> IO[bytes]:
+    """Return a file of so many bytes without a name, in memory if it fits there."""
+    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        try:
+            if shutil.disk_usage(folder).free < size:
+                continue
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - for as long as the pool
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
+            except OSError:
+                file.close()
+                raise
+        except OSError:  # the next may do
+            continue
+        return file
     raise InputError(
-        f"the rendered pairs take {needed / 1e9:.1f} GB, more than is free in /dev/shm or {tempfile.gettempdir()}: "
-        "lower rendered.samples, or name a larger folder in TMPDIR"
+        f"data.render_workers: the pairs take {size / 1e9:.1f} GB, more than is free in /dev/shm or "
+        f"{tempfile.gettempdir()}: lower rendered.samples, name a larger folder in TMPDIR, or set data.render_workers=0"
     )
 
 
-def _render(
-    folder: Path, configs: list[RenderConfig], devices: list[str], pairs: list[tuple[int, int]], share: range
-) -> None:
-    """Render a process's share of the pairs, in their order; the first process then waits, to clear up after a kill."""
-    start_renderer(partial(shutil.rmtree, folder, ignore_errors=True))
+def _mapped(file: IO[bytes], dtype: Any, offset: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(file, dtype, "r+", offset, shape)
+
+
+def _render(pool: RenderedPool, worker: int, devices: list[str]) -> None:
+    """Render a process's share of the pairs, in their order."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler's to all processes: the trainer finishes its step
+    start_renderer()
     os.nice(10)
-    pictures, disparities, ready = _arrays(folder, configs[0], len(pairs))
-    for place in share:
-        kind, number = pairs[place]
-        sample = render_pair(configs[kind], number, devices[kind])
-        assert sample.disparity is not None
-        assert sample.right_disparity is not None
-        pictures[place] = sample.left, sample.right
-        disparities[place] = sample.disparity, sample.right_disparity
-        ready[place] = 1
-    parent = multiprocessing.parent_process()
-    if share.start == 0 and parent is not None:
-        parent.join()
-        threading.Event().wait()  # for the thread that clears up, and ends the process
+    try:
+        for place in range(worker, len(pool), pool._workers):
+            kind, number = pool._pairs[place]
+            sample = render_pair(pool._configs[kind], number, devices[kind])
+            assert sample.disparity is not None
+            assert sample.right_disparity is not None
+            pool._pictures[place] = sample.left, sample.right
+            pool._disparities[place] = sample.disparity, sample.right_disparity
+            pool._ready[place] = 1
+    except BaseException:
+        pool._failed[worker] = 1
+        raise
 
 
-def _close(folder: Path, processes: list[BaseProcess], owner: int) -> None:
+def _end(processes: list[BaseProcess], owner: int) -> None:
     if os.getpid() != owner:  # a forked loader process
         return
     for process in processes:
-        process.terminate()
+        process.kill()
     for process in processes:
         process.join()
-    shutil.rmtree(folder, ignore_errors=True)

@@ -51,9 +51,9 @@ class TritonBatchNorm(torch.autograd.Function):
         sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
         options = {"CHANNELS": channels, "TILE": tile}
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-            _sums[programs,](sums, x, rows, each, **options)
+            _sums[programs,](sums, statistics, x, rows, each, **options)
             _statistics[channels,](
-                statistics, running_mean, running_var, sums, x, rows, programs, momentum, eps,
+                statistics, running_mean, running_var, sums, rows, programs, momentum, eps,
                 CHANNELS=channels, PROGRAMS=triton.next_power_of_2(programs),
             )  # fmt: skip
             _normalize[triton.cdiv(rows, tile),](out, x, statistics, weight, bias, rows, **options)
@@ -92,13 +92,17 @@ def _share(rows: int, channels: int) -> tuple[int, int, int]:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sums(sums, x, rows, each, CHANNELS: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write, for a program's rows, the sums of x and x^2 [C], after the map's first row was taken off.
+def _sums(sums, statistics, x, rows, each, CHANNELS: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write, for a program's rows, the sums of x and x^2 [C], after the mean of the map's first 16 rows was taken off.
 
-    So that values far from zero lose no digits: what is left is about as large as the deviation.
+    So that values far from zero lose no digits: what is left is about as large as the deviation. What was taken off is
+    written in place of the mean.
     """
     c = tl.arange(0, CHANNELS)
-    origin = tl.load(x + c).to(tl.float32)[None, :]
+    early = tl.arange(0, 16)[:, None]
+    sample = tl.load(x + early * CHANNELS + c[None, :], mask=early < rows, other=0.0).to(tl.float32)
+    origin = tl.sum(sample, 0) / tl.minimum(rows, 16)
+    tl.store(statistics + c, origin)  # every program the same
     first = tl.program_id(0).to(tl.int64) * each
     linear = tl.zeros([TILE, CHANNELS], tl.float32)
     square = tl.zeros([TILE, CHANNELS], tl.float32)
@@ -106,7 +110,7 @@ def _sums(sums, x, rows, each, CHANNELS: tl.constexpr, TILE: tl.constexpr):  # t
         row = first + start + tl.arange(0, TILE)[:, None]
         inside = row < rows
         value = tl.load(x + row * CHANNELS + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        value = tl.where(inside, value - origin, 0.0)
+        value = tl.where(inside, value - origin[None, :], 0.0)
         linear += value
         square += value * value
     place = sums + tl.program_id(0) * 2 * CHANNELS + c
@@ -116,7 +120,7 @@ def _sums(sums, x, rows, each, CHANNELS: tl.constexpr, TILE: tl.constexpr):  # t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _statistics(  # type: ignore[no-untyped-def]
-    statistics, running_mean, running_var, sums, x, rows, programs, momentum, eps,
+    statistics, running_mean, running_var, sums, rows, programs, momentum, eps,
     CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Write mean and 1 / deviation of one channel, and move its running statistics."""
@@ -125,8 +129,8 @@ def _statistics(  # type: ignore[no-untyped-def]
     place = sums + program * 2 * CHANNELS + c
     linear = tl.sum(tl.load(place, mask=program < programs, other=0.0)) / rows
     square = tl.sum(tl.load(place + CHANNELS, mask=program < programs, other=0.0)) / rows
-    mean = linear + tl.load(x + c).to(tl.float32)
-    variance = tl.maximum(square - linear * linear, 0.0)
+    mean = linear + tl.load(statistics + c)
+    variance = tl.maximum(square - linear * linear, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(statistics + c, mean)
     tl.store(statistics + CHANNELS + c, 1.0 / tl.sqrt(variance + eps))
     before = tl.load(running_mean + c)

@@ -20,7 +20,12 @@ def checked_kernel(load: Callable[[], Kernel], what: str) -> Kernel | None:
         what: What is slower without it, for the warning.
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            # Under activation checkpointing, what the trial saves for its backward pass is none of the caller's.
+            torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        ):
             return load()
     except ImportError:
         return None

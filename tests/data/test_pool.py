@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -92,26 +95,36 @@ def test_pairs_that_arrive_while_one_is_drawn_do_not_matter() -> None:
         pairs.close()
 
 
-def test_memory_and_processes_are_given_back() -> None:
+def test_processes_end_with_the_pool_and_not_before() -> None:
+    others = set(multiprocessing.active_children())
     pairs = RenderedPool([RenderedPairs(EASY)], workers=1)
-    folder, (process,) = pairs._folder, pairs._processes
-    assert folder.is_dir()
+    (process,) = set(multiprocessing.active_children()) - others
+    pairs[0]
+    assert process.pid is not None
+    for number in (signal.SIGINT, signal.SIGTERM):  # to a whole process group: the trainer's business alone
+        os.kill(process.pid, number)
+    wait_for_all(pairs)
+    pairs.close()
+    assert not process.is_alive()
+    assert process.exitcode in (0, -signal.SIGKILL)
+
+    pairs = RenderedPool([RenderedPairs(EASY)], workers=1)
+    (process,) = set(multiprocessing.active_children()) - others
     del pairs
-    assert not folder.exists()
     assert not process.is_alive()
 
 
-def test_a_killed_run_leaves_no_memory_behind(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_nothing_behind(tmp_path: Path) -> None:
     program = (
-        "import sys, time\n"
+        "import multiprocessing, time\n"
         "from fa_stereo.config import RenderConfig\n"
         "from fa_stereo.data.pool import RenderedPool\n"
         "from fa_stereo.data.rendered import RenderedPairs\n"
         "if __name__ == '__main__':\n"
-        "    config = RenderConfig(height=32, width=64, samples=1, max_disparity=32, max_shapes=12)\n"
+        "    config = RenderConfig(height=32, width=64, samples=100000, max_disparity=32, max_shapes=12)\n"
         "    pairs = RenderedPool([RenderedPairs(config)], workers=1)\n"
         "    pairs[0]\n"
-        "    print(pairs._folder, flush=True)\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
         "    time.sleep(60)\n"
     )
     file = tmp_path / "program.py"
@@ -119,25 +132,44 @@ def test_a_killed_run_leaves_no_memory_behind(tmp_path: Path) -> None:
     run = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, text=True, env=environment())
     assert run.stdout is not None
     with run.stdout:
-        folder = Path(run.stdout.readline().strip())
-    assert folder.is_dir()
+        renderer = Path(f"/proc/{int(run.stdout.readline())}")
     run.kill()
     run.wait()
     until = time.monotonic() + 20
-    while folder.exists() and time.monotonic() < until:
+    while renderer.exists() and time.monotonic() < until:
         time.sleep(0.1)
-    assert not folder.exists()
+    assert not renderer.exists()  # and with it what held the memory, a file without a name
+
+
+def test_processes_that_fail_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = RenderedPool([RenderedPairs(EASY)], workers=0)
+    pairs._failed = np.ones(2, np.uint8)
+    with pytest.raises(InputError, match=r"data\.render_workers: no pair was rendered.*render_workers=0"):
+        pairs[0]
+    monkeypatch.setattr(pool, "render_pair", lambda *_: 1 / 0)
+    pairs._failed, pairs._workers = np.zeros(2, np.uint8), 2
+    monkeypatch.setattr(pool, "start_renderer", lambda: None)
+    monkeypatch.setattr(os, "nice", lambda _: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            pool._render(pairs, 1, ["cpu"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert pairs._failed.tolist() == [0, 1]
+    pairs.close()
 
 
 def test_nothing_rendered_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_PATIENCE_SECONDS", 0.1)
     pairs = RenderedPool([RenderedPairs(EASY)], workers=0)
+    pairs._failed = np.zeros(1, np.uint8)
     with pytest.raises(InputError, match=r"data\.render_workers: no pair was rendered"):
         pairs[0]
     pairs.close()
 
 
-def test_no_room_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_is_an_error() -> None:
     large = RenderConfig(height=4096, width=4096, samples=10**9)
     with pytest.raises(InputError, match="GB, more than is free in"):
         RenderedPool([RenderedPairs(large)], workers=1)
