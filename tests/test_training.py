@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -480,6 +481,21 @@ def test_steps_by_a_cuda_graph_are_the_same(
     compute_float32_in_full()
     losses = steps_with_and_without_a_graph(pairs, tmp_path, "cuda", precision)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3 if precision == "fp32" else 0.05)
+
+
+def test_pairs_rendered_beside_the_training(pairs: Path, tmp_path: Path) -> None:
+    """The run ends, and with it the processes that render."""
+    others = set(multiprocessing.active_children())
+    config = tiny_config(
+        pairs, tmp_path, data__train__kind="rendered", data__render_workers=1, data__train__rendered__height=32,
+        data__train__rendered__width=64, data__train__rendered__max_disparity=32.0, data__train__rendered__samples=3,
+        trainer__batch_size=2, trainer__max_steps=2, data__workers=1,
+    )  # fmt: skip
+    trainer = Trainer(config)
+    rendering = set(multiprocessing.active_children()) - others
+    assert len(rendering) == 1
+    assert trainer.run().finished
+    assert not any(process.is_alive() for process in rendering)
 
 
 def test_a_checkpoint_of_another_device_brings_its_counters_along(pairs: Path, tmp_path: Path) -> None:
