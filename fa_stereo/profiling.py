@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fa_stereo.compilation import compile_network
 from fa_stereo.config import INFERENCE_PRECISIONS, AttentionConfig, ModelConfig
-from fa_stereo.cuda_graph import record_cuda_graph
+from fa_stereo.cuda_graph import GraphedPass, record_cuda_graph
 from fa_stereo.errors import InputError
 from fa_stereo.machine import compute_float32_in_full
 from fa_stereo.measuring import MeasuringProcess
@@ -49,6 +49,9 @@ BENCHMARK_PRECISIONS = ("fp64", *INFERENCE_PRECISIONS)
 COMPILED_PARTS = ("features", "aggregation", "network", "training_step", "pairs")
 """Parts in which there is anything for torch.compile."""
 
+GRAPHED_PARTS = ("network", "training_step")
+"""Parts that can run as a CUDA graph, on CUDA."""
+
 TUNED_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
 """Environment in which glibc keeps freed memory, instead of asking the system for zeroed pages again each time."""
 
@@ -59,7 +62,7 @@ class Task:
 
     Attributes:
         part: One of ``PARTS``.
-        path: One of ``PATHS``; ``compiled`` for ``COMPILED_PARTS`` alone, ``graph`` for the network on CUDA.
+        path: One of ``PATHS``; ``compiled`` for ``COMPILED_PARTS`` alone, ``graph`` for ``GRAPHED_PARTS``.
         precision: fp32; bf16 or fp16 are weights of that type in the fast path's inference, else autocast;
             ``mixed`` for the fast path of the whole network alone, fp64 for the plain path's inference alone.
         height: In pixels, of a picture or training crop.
@@ -224,11 +227,22 @@ def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:
     left, right = _example_views(task)
     torch.backends.cudnn.benchmark = True  # as in training
 
-    def run() -> None:
-        model.zero_grad()
+    def both_passes(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(device.type, dtype=DTYPES[task.precision], enabled=task.precision != "fp32"):
             disparities = model(left, right).disparities
-        sum(disparity.mean() for disparity in disparities).backward()
+        loss = torch.stack([disparity.mean() for disparity in disparities]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return (loss.detach(),)
+
+    passes: Callable[..., tuple[Tensor, ...]] = both_passes
+    if task.path == "graph":
+        passes = GraphedPass(both_passes, model.parameters())
+        for _ in range(4):  # it is recorded with the fourth
+            passes(left, right)
+
+    def run() -> None:
+        model.zero_grad(set_to_none=task.path != "graph")
+        passes(left, right)
 
     return run
 

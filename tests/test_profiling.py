@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from fa_stereo import cuda_graph, profiling
 from fa_stereo.config import ModelConfig, RenderConfig
+from fa_stereo.cuda_graph import Passes
 from fa_stereo.data.rendered import RenderedPairs
 from fa_stereo.errors import InputError
 from fa_stereo.machine import describe_machine
 from fa_stereo.models.checkpoint import save_weights
-from fa_stereo.models.psmnet import build_model
+from fa_stereo.models.psmnet import PSMNet, build_model
 from fa_stereo.profiling import PARTS, Task, build_run, compare, example_pair, measure
 
 SMALL = {"height": 32, "width": 64, "base_channels": 8, "max_disparity": 32, "threads": 1}
@@ -49,6 +51,33 @@ def test_every_repetition_computes_the_same(part: str) -> None:
 def test_the_training_step_leaves_gradients(path: str) -> None:
     run = build_run(Task("training_step", path, activation_checkpointing=path == "fast", **SMALL))
     assert run() is None
+
+
+def test_the_training_step_as_a_graph_is_recorded_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph needs a GPU; here the passes are replayed by calling them."""
+    recorded, models = [], []
+
+    def record(passes: Passes, inputs: tuple[torch.Tensor, ...]) -> Passes:
+        recorded.append([tuple(x.shape) for x in inputs])
+        return passes
+
+    def build(task: Task) -> PSMNet:
+        models.append(build_model_of(task))
+        return models[-1]
+
+    build_model_of = profiling._build_model
+    monkeypatch.setattr(profiling, "_build_model", build)
+    monkeypatch.setattr(cuda_graph, "record_passes", record)
+    gradients = []
+    for path in ("fast", "graph"):
+        run = build_run(Task("training_step", path, **SMALL))
+        assert len(recorded) == (path == "graph")
+        for _ in range(2):  # each from zero
+            run()
+        gradients.append([parameter.grad.clone() for parameter in models[-1].parameters()])
+    assert recorded == [2 * [(1, 3, SMALL["height"], SMALL["width"])]]
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

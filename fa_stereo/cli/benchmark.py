@@ -69,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the precision of the plain path that speedups refer to (default: its first but fp64)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="also measure the fast path through torch.compile")
-    parser.add_argument("--cuda-graph", action="store_true", help="also measure the network as a CUDA graph")
+    parser.add_argument(
+        "--cuda-graph", action="store_true", help="also measure the network and the training step as a CUDA graph"
+    )
     parser.add_argument(
         "--pairs", nargs=2, metavar=("LEFT", "RIGHT"),
         help="pictures, folders or quoted glob patterns; needs trained weights",
@@ -168,7 +170,7 @@ def plan(arguments: argparse.Namespace) -> list[list[Task]]:
                     part,
                     path,
                     precision,
-                    activation_checkpointing=checkpointing and path == "fast",
+                    activation_checkpointing=checkpointing and path in ("fast", "graph"),
                     freeze_batch_norm=frozen,
                     **inputs,
                     **common,
@@ -193,7 +195,7 @@ def _parts(arguments: argparse.Namespace) -> tuple[str, ...]:
 
 def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: str) -> None:
     """Refuse what makes no sense, or would be ignored."""
-    from fa_stereo.profiling import COMPILED_PARTS
+    from fa_stereo.profiling import COMPILED_PARTS, GRAPHED_PARTS
 
     for option in ("repeats", "batch", "training_batch", "threads", "base_channels"):
         value = getattr(arguments, option)
@@ -205,7 +207,7 @@ def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: s
         raise InputError(f"--cuda-graph needs a GPU, but the device is {device_type}")
     for wanted, option, where in (
         (arguments.compile, "--compile", COMPILED_PARTS),
-        (arguments.cuda_graph, "--cuda-graph", ("network",)),
+        (arguments.cuda_graph, "--cuda-graph", GRAPHED_PARTS),
         (arguments.activation_checkpointing, "--activation-checkpointing", ("training_step",)),
         (arguments.freeze_batch_norm, "--freeze-batch-norm", ("training_step",)),
     ):
@@ -243,7 +245,7 @@ def _network(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
 def _variants(arguments: argparse.Namespace, part: str) -> list[tuple[str, str]]:
     """Return paths and precisions in which a part is to be measured, the reference first."""
     from fa_stereo.inference import choose_device
-    from fa_stereo.profiling import COMPILED_PARTS
+    from fa_stereo.profiling import COMPILED_PARTS, GRAPHED_PARTS
 
     precisions = _names(arguments.precisions, INFERENCE_PRECISIONS, "--precisions")
     plain_precisions = _names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
@@ -262,7 +264,7 @@ def _variants(arguments: argparse.Namespace, part: str) -> list[tuple[str, str]]
     paths = {"plain": plain_precisions, "fast": precisions}
     if arguments.compile and part in COMPILED_PARTS:
         paths["compiled"] = precisions
-    if arguments.cuda_graph and part == "network":
+    if arguments.cuda_graph and part in GRAPHED_PARTS:
         paths["graph"] = precisions
     return [(path, precision) for path in paths for precision in paths[path]]
 
