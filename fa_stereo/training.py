@@ -52,7 +52,7 @@ from fa_stereo.config import (
 )
 from fa_stereo.cuda_graph import GraphedPass
 from fa_stereo.data import open_dataset, open_training_pairs
-from fa_stereo.data.pool import close_pools
+from fa_stereo.data.pool import pools_of
 from fa_stereo.data.rendered import read_settings
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
@@ -212,6 +212,11 @@ class Trainer:
             "%s: %d pairs, %s steps of %d, from step %d, on %s (%s)", self.output_dir, self.stream.samples,
             length, self.settings.batch_size, self.step, self.machine, self.settings.precision,
         )  # fmt: skip
+        pools = pools_of(self.stream.dataset)
+        for pool in pools:
+            self._tell(
+                "%d pairs are rendered meanwhile, by %d at a time; it draws from those there", len(pool), pool.workers
+            )
         log = None
         if self.is_first:
             self._prepare_output_dir()
@@ -225,7 +230,9 @@ class Trainer:
         finally:
             if log:
                 log.close()
-            close_pools(self.stream.dataset)
+            for pool in pools:
+                self._tell("%d of %d pairs were rendered", pool.rendered, len(pool))
+                pool.close()
         if finished:
             self._export()
         else:

@@ -483,7 +483,7 @@ def test_steps_by_a_cuda_graph_are_the_same(
     assert losses[1] == pytest.approx(losses[0], rel=1e-3 if precision == "fp32" else 0.05)
 
 
-def test_pairs_rendered_beside_the_training(pairs: Path, tmp_path: Path) -> None:
+def test_pairs_rendered_beside_the_training(pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The run ends, and with it the processes that render."""
     others = set(multiprocessing.active_children())
     config = tiny_config(
@@ -494,8 +494,11 @@ def test_pairs_rendered_beside_the_training(pairs: Path, tmp_path: Path) -> None
     trainer = Trainer(config)
     rendering = set(multiprocessing.active_children()) - others
     assert len(rendering) == 1
-    assert trainer.run().finished
+    with caplog.at_level(logging.INFO):
+        assert trainer.run().finished
     assert not any(process.is_alive() for process in rendering)
+    assert "3 pairs are rendered meanwhile, by 1 at a time; it draws from those there" in caplog.messages
+    assert any(message.endswith(" of 3 pairs were rendered") for message in caplog.messages)
 
 
 def test_a_checkpoint_of_another_device_brings_its_counters_along(pairs: Path, tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ class RenderedPool(Dataset[StereoSample]):
         sources: The kinds, of one size.
         workers: Processes that render, at low priority.
 
+    Attributes:
+        workers: Ditto.
+
     Raises:
         InputError: The sources differ in size, or there is no room for their pairs.
     """
@@ -53,7 +56,7 @@ class RenderedPool(Dataset[StereoSample]):
             raise InputError("data.render_workers needs rendered pairs of one size: give all the same height and width")
         counts = [len(source) for source in sources]
         self._configs = [source.config for source in sources]
-        self._workers = workers
+        self.workers = workers
         self._file = _reserve(_bytes_each(self._configs[0]) * sum(counts) + workers)
         self._pairs = _in_turn(counts)
         self._map()
@@ -115,7 +118,7 @@ class RenderedPool(Dataset[StereoSample]):
         """Map disparities [N, 2, H, W], pictures [N, 2, H, W, 3], which pairs are there [N], and who failed [P]."""
         pairs, config = len(self._pairs), self._configs[0]
         size = pairs, 2, config.height, config.width
-        shapes = (np.float32, size), (np.uint8, (*size, 3)), (np.uint8, (pairs,)), (np.uint8, (self._workers,))
+        shapes = (np.float32, size), (np.uint8, (*size, 3)), (np.uint8, (pairs,)), (np.uint8, (self.workers,))
         arrays: list[NDArray[Any]] = []
         offset = 0
         for dtype, shape in shapes:
@@ -125,7 +128,7 @@ class RenderedPool(Dataset[StereoSample]):
 
     def __getstate__(self) -> dict[str, Any]:
         """For other processes: they open the same memory."""
-        kept = "_configs", "_pairs", "_workers"
+        kept = "_configs", "_pairs", "workers"
         return {name: self.__dict__[name] for name in kept} | {"descriptor": DupFd(self._file.fileno())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -134,11 +137,10 @@ class RenderedPool(Dataset[StereoSample]):
         self._map()
 
 
-def close_pools(dataset: Dataset[Any]) -> None:
-    """Close a pool, or those that a data set is made of."""
-    for part in dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]:
-        if isinstance(part, RenderedPool):
-            part.close()
+def pools_of(dataset: Dataset[Any]) -> list[RenderedPool]:
+    """Return the pools that a data set is, or is made of."""
+    parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
+    return [part for part in parts if isinstance(part, RenderedPool)]
 
 
 def _in_turn(counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -192,7 +194,7 @@ def _render(pool: RenderedPool, worker: int, devices: list[str]) -> None:
     start_renderer()
     os.nice(10)
     try:
-        for place in range(worker, len(pool), pool._workers):
+        for place in range(worker, len(pool), pool.workers):
             kind, number = pool._pairs[place]
             sample = render_pair(pool._configs[kind], number, devices[kind])
             assert sample.disparity is not None

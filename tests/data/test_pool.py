@@ -147,7 +147,7 @@ def test_processes_that_fail_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(InputError, match=r"data\.render_workers: no pair was rendered.*render_workers=0"):
         pairs[0]
     monkeypatch.setattr(pool, "render_pair", lambda *_: 1 / 0)
-    pairs._failed, pairs._workers = np.zeros(2, np.uint8), 2
+    pairs._failed, pairs.workers = np.zeros(2, np.uint8), 2
     monkeypatch.setattr(pool, "start_renderer", lambda: None)
     monkeypatch.setattr(os, "nice", lambda _: None)
     before = signal.getsignal(signal.SIGTERM)
