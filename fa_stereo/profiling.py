@@ -119,7 +119,8 @@ class Measurement:
     Attributes:
         seconds: Of every repetition, after one to warm up.
         peak_bytes: Largest memory: of the process (resident), or on the GPU what PyTorch allocated.
-        extra_bytes: That, less what was in use before the first run: process, weights and inputs.
+        extra_bytes: That, less what was in use before the first run: process, weights and inputs (of a graph in
+            training, gradients too).
         result: The last output, float32 (float64 in fp64), to compare variants; None for the training step.
     """
 

@@ -52,7 +52,7 @@ from fa_stereo.config import (
 )
 from fa_stereo.cuda_graph import GraphedPass
 from fa_stereo.data import open_dataset, open_training_pairs
-from fa_stereo.data.pool import pools_of
+from fa_stereo.data.pool import RenderedPool, pools_of
 from fa_stereo.data.rendered import read_settings
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
@@ -134,6 +134,7 @@ class Trainer:
         _check_precision(config, self.device)
         _check_graph(config, self.device)
         _check_clock(config)
+        checkpoint = self._find_checkpoint()
         self.stream = TrainingStream(
             open_training_pairs(config.data), TrainingTransform(config.data.augmentation), self.settings.seed
         )
@@ -149,7 +150,6 @@ class Trainer:
 
         _seed_everything(self.settings.seed)
         self.model = build_model(config.model)
-        checkpoint = self._find_checkpoint()
         self.started_from: dict[str, Any] | None = None
         if checkpoint is None and self.settings.init_from is not None:
             weights = find_checkpoint(self.settings.init_from, self.device)
@@ -213,6 +213,13 @@ class Trainer:
             length, self.settings.batch_size, self.step, self.machine, self.settings.precision,
         )  # fmt: skip
         pools = pools_of(self.stream.dataset)
+        try:
+            return self._run(pools)
+        finally:
+            for pool in pools:
+                pool.close()
+
+    def _run(self, pools: list[RenderedPool]) -> TrainingResult:
         for pool in pools:
             self._tell(
                 "%d pairs are rendered meanwhile, by %d at a time; it draws from those there", len(pool), pool.workers
@@ -230,9 +237,8 @@ class Trainer:
         finally:
             if log:
                 log.close()
-            for pool in pools:
-                self._tell("%d of %d pairs were rendered", pool.rendered, len(pool))
-                pool.close()
+        for pool in pools:
+            self._tell("%d of %d pairs were rendered", pool.rendered, len(pool))
         if finished:
             self._export()
         else:
@@ -790,7 +796,7 @@ class _StoppedInValidation(Exception):
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of all of a network's parameters; Adam's update is one kernel on a GPU."""
+    """Return the optimizer of all of a network's parameters; on a GPU Adam updates them in a few kernels."""
     parameters, rate, decay = list(model.parameters()), config.learning_rate, config.weight_decay
     if config.kind == "sgd":
         return torch.optim.SGD(parameters, rate, config.momentum, weight_decay=decay)

@@ -501,7 +501,9 @@ def test_pairs_rendered_beside_the_training(pairs: Path, tmp_path: Path, caplog:
     assert any(message.endswith(" of 3 pairs were rendered") for message in caplog.messages)
 
 
-def test_a_checkpoint_of_another_device_brings_its_counters_along(pairs: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_device_brings_its_counters_along(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Adam counts its steps on a GPU where its update is fused, and on the CPU where it is not."""
     config = tiny_config(pairs, tmp_path / "run", trainer__max_steps=1)
     Trainer(config).run()
@@ -510,7 +512,16 @@ def test_a_checkpoint_of_another_device_brings_its_counters_along(pairs: Path, t
         assert not group["fused"]
         group["fused"] = True  # as though it had been written on a GPU
     torch.save(state, tmp_path / "run" / "last.pt")
+    loaded = []
+    load = torch.optim.Adam.load_state_dict
+
+    def watched(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
+        loaded.extend(group["fused"] for group in state["param_groups"])  # says where the counters go
+        load(optimizer, state)
+
+    monkeypatch.setattr(torch.optim.Adam, "load_state_dict", watched)
     trainer = Trainer(tiny_config(pairs, tmp_path / "run", trainer__max_steps=2))
+    assert loaded == [None]
     assert not any(group["fused"] for group in trainer.optimizer.param_groups)
     assert trainer.run().step == 2
 

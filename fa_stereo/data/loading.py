@@ -51,16 +51,17 @@ def _prepare(worker: int) -> None:
 
 
 @contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C inside, as do processes that are started there."""
+def interrupts_ignored(*signals: signal.Signals) -> Iterator[None]:
+    """Ignore Ctrl-C inside, or the signals given, as do processes that are started there."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may change signals, and only it receives them
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in signals or (signal.SIGINT,)]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def start_renderer() -> None:

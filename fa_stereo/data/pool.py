@@ -12,11 +12,10 @@ import shutil
 import signal
 import tempfile
 import time
-import weakref
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
-from pathlib import Path
+from multiprocessing.util import Finalize
 from typing import IO, Any
 
 import numpy as np
@@ -62,8 +61,11 @@ class RenderedPool(Dataset[StereoSample]):
         self._map()
         context = multiprocessing.get_context("spawn")  # forking a process that has run PyTorch may hang
         processes: list[BaseProcess] = []
-        self._finalize = weakref.finalize(self, _end, processes, os.getpid())
-        with interrupts_ignored():  # by the processes, which inherit it: Ctrl-C is this one's business
+        # Unlike weakref's, before multiprocessing waits for its daemons at exit: these ignore what it sends them.
+        self._finalize: Finalize[None] | None = Finalize(self, _end, (processes,), exitpriority=10)
+        self._failed[len(self._pairs) :] = 1  # they have nothing to render
+        # By the processes, which inherit it: Ctrl-C and a scheduler's SIGTERM to all are this one's business.
+        with interrupts_ignored(signal.SIGINT, signal.SIGTERM):
             for worker in range(workers):
                 arguments = self, worker, [source.device for source in sources]
                 process = context.Process(target=_render, args=arguments, daemon=True)
@@ -77,10 +79,13 @@ class RenderedPool(Dataset[StereoSample]):
         """Return a pair without the occlusion mask, its arrays in memory of its own.
 
         Raises:
-            InputError: There is none, and will be none.
+            InputError: There is none yet, and the processes failed or take too long.
+        ValueError: The pool is closed.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
+        if self._file.closed:
+            raise ValueError("the pool of rendered pairs is closed")
         if not self._ready[index]:
             index = self._any_ready(index)
         kind, number = self._pairs[index]
@@ -97,7 +102,8 @@ class RenderedPool(Dataset[StereoSample]):
 
     def close(self) -> None:
         """End the processes and give the memory back; no pair can be drawn any more."""
-        self._finalize()
+        if self._finalize is not None:
+            self._finalize()
         self._pictures, self._disparities, self._ready, self._failed = (np.empty(0) for _ in range(4))
         self._file.close()
 
@@ -107,10 +113,15 @@ class RenderedPool(Dataset[StereoSample]):
             ready = np.flatnonzero(self._ready.copy())  # the processes go on, and NumPy refuses what changes
             if len(ready):
                 return int(ready[index % len(ready)])
-            if self._failed.all() or time.monotonic() > until:
+            if self._failed.all():
                 raise InputError(
-                    "data.render_workers: no pair was rendered, and the processes that should have say why above; "
+                    "data.render_workers: no pair was rendered; what the processes say above is why. "
                     "data.render_workers=0 renders in those of the loader"
+                )
+            if time.monotonic() > until:
+                raise InputError(
+                    f"data.render_workers: no pair was rendered in {_PATIENCE_SECONDS:g} seconds: the processors are "
+                    "too busy, or the processes were ended; data.render_workers=0 renders in those of the loader"
                 )
             time.sleep(0.05)
 
@@ -134,6 +145,7 @@ class RenderedPool(Dataset[StereoSample]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._file = os.fdopen(state.pop("descriptor").detach(), "r+b")
         self.__dict__.update(state)
+        self._finalize = None  # the processes are another's
         self._map()
 
 
@@ -160,9 +172,12 @@ def _bytes_each(config: RenderConfig) -> int:
 
 def _reserve(size: int) -> IO[bytes]:
     """Return a file of so many bytes without a name, in memory if it fits there."""
-    for folder in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+    reason = "no folder for it"
+    for name in ("/dev/shm", None):
         try:
+            folder = name or tempfile.gettempdir()
             if shutil.disk_usage(folder).free < size:
+                reason = f"{folder}: not enough room"
                 continue
             file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - for as long as the pool
             try:
@@ -173,12 +188,13 @@ def _reserve(size: int) -> IO[bytes]:
             except OSError:
                 file.close()
                 raise
-        except OSError:  # the next may do
+        except OSError as error:  # the next may do
+            reason = f"{name or 'the folder for temporary files'}: {error.strerror or error}"
             continue
         return file
     raise InputError(
-        f"data.render_workers: the pairs take {size / 1e9:.1f} GB, more than is free in /dev/shm or "
-        f"{tempfile.gettempdir()}: lower rendered.samples, name a larger folder in TMPDIR, or set data.render_workers=0"
+        f"data.render_workers: the pairs take {size / 1e9:.1f} GB, which /dev/shm and the folder for temporary files "
+        f"cannot give ({reason}): lower rendered.samples, name a larger folder in TMPDIR, or set data.render_workers=0"
     )
 
 
@@ -190,7 +206,6 @@ def _mapped(file: IO[bytes], dtype: Any, offset: int, shape: tuple[int, ...]) ->
 
 def _render(pool: RenderedPool, worker: int, devices: list[str]) -> None:
     """Render a process's share of the pairs, in their order."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a scheduler's to all processes: the trainer finishes its step
     start_renderer()
     os.nice(10)
     try:
@@ -207,9 +222,7 @@ def _render(pool: RenderedPool, worker: int, devices: list[str]) -> None:
         raise
 
 
-def _end(processes: list[BaseProcess], owner: int) -> None:
-    if os.getpid() != owner:  # a forked loader process
-        return
+def _end(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
