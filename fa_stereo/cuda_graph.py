@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,13 +94,8 @@ def record_cuda_graph(network: Network, left: Tensor, right: Tensor) -> Network:
                 network(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                result = network(*inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise _not_recorded(error, "this network") from error
+        with _recording(graph, "this network"):
+            result = network(*inputs)
 
     def replay(left: Tensor, right: Tensor) -> Any:
         with torch.cuda.device(left.device):
@@ -126,7 +122,7 @@ class GraphedPass:
         passes: Ditto.
     """
 
-    _CALLS_BEFORE = 3
+    CALLS_BEFORE = 3
 
     def __init__(
         self,
@@ -152,7 +148,7 @@ class GraphedPass:
         if sizes != self._sizes:
             return self.passes(*inputs)
         self._calls += 1
-        if self._calls > self._CALLS_BEFORE and self._replay is None:
+        if self._calls > self.CALLS_BEFORE and self._replay is None:
             for parameter in self._parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -176,13 +172,8 @@ def record_passes(passes: Passes, inputs: tuple[Tensor, ...]) -> Passes:
     with torch.cuda.device(inputs[0].device):
         copies = tuple(x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                results = passes(*copies)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise _not_recorded(error, "this training step") from error
+        with _recording(graph, "this training step"):
+            results = passes(*copies)
 
     def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.cuda.device(inputs[0].device):
@@ -194,7 +185,14 @@ def record_passes(passes: Passes, inputs: tuple[Tensor, ...]) -> Passes:
     return replay
 
 
-def _not_recorded(error: RuntimeError, what: str) -> InputError:
-    """Return what to raise instead of an error while recording."""
-    reason = str(error).strip().split("\n")[0]
-    return InputError(f"{what} cannot be recorded as a CUDA graph ({reason}): go without it")
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, what: str) -> Iterator[None]:
+    """Record the kernels that are launched inside."""
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{what} cannot be recorded as a CUDA graph ({reason}): go without it") from error

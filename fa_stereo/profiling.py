@@ -238,7 +238,7 @@ def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:
     passes: Callable[..., tuple[Tensor, ...]] = both_passes
     if task.path == "graph":
         passes = GraphedPass(both_passes, model.parameters())
-        for _ in range(4):  # it is recorded with the fourth
+        for _ in range(GraphedPass.CALLS_BEFORE + 1):  # it is recorded with the last
             passes(left, right)
 
     def run() -> None:

@@ -5,7 +5,7 @@
 What a run does next depends on its weights, its optimizer and the number of steps taken, and on nothing else: the data
 order and the learning rate are pure functions of the step (``fa_stereo.sampling``, ``fa_stereo.schedules``). So a run
 that was killed and resumed ends, on the CPU, with the very weights of one that was not. (With ``trainer.max_minutes``
-the learning rate goes by the clock, and no two runs are the same.)
+the learning rate goes by the clock, with ``data.render_workers`` the data; no two such runs are the same.)
 """
 
 from __future__ import annotations

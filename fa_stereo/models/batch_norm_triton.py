@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fa_stereo.models.layers import channels_last_format
+
 _TILE = 4096  # values a program reads at once
 _PROGRAMS = 512  # that share the rows of a sum, at most
 
@@ -65,7 +67,7 @@ class TritonBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Return the gradients of input, weight and bias."""
         x, weight, statistics = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=_memory_format(x))
+        grad = grad.contiguous(memory_format=channels_last_format(x))
         channels, rows = x.shape[1], x.numel() // x.shape[1]
         programs, tile, each = _share(rows, channels)
         sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
@@ -77,10 +79,6 @@ class TritonBatchNorm(torch.autograd.Function):
             _totals[channels,](totals, sums, programs, CHANNELS=channels, PROGRAMS=triton.next_power_of_2(programs))
             _normalize_backward[triton.cdiv(rows, tile),](x_grad, grad, x, statistics, weight, totals, rows, **options)
         return x_grad, totals[1], totals[0], None, None, None, None
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def _share(rows: int, channels: int) -> tuple[int, int, int]:

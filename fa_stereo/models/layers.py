@@ -3,8 +3,9 @@
 Convolution and norm are kept as named children, so that a fast path can fold one into the other: for prediction once
 and for all (``fa_stereo.models.optimized``), and on a CPU in training with frozen batch norm in fp32 at every step, in
 this module's layers (the cost volume's first convolution calls its norm itself). That saves a pass over the
-convolution's result in each direction, and keeping it for the backward pass. In prediction on a CPU volumes too small
-for PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
+convolution's result in each direction, and keeping it for the backward pass. On a GPU in training, batch norm of large
+maps has kernels of its own (``batch_norm_triton``; its plain form is PyTorch's). In prediction on a CPU volumes too
+small for PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ConvNorm2d(nn.Module):
     issue 6035).
     """
 
-    plain = False  # never fold the norm: see PSMNet.plain
+    plain = False  # batch norm by PyTorch, and never folded: see PSMNet.plain
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 3, *, stride: int = 1, dilation: int = 1
@@ -62,7 +63,7 @@ class ConvNorm2d(nn.Module):
 class ConvNorm3d(nn.Module):
     """A 3x3x3 convolution without bias, then batch norm: [B, C_in, D, H, W] -> [B, C_out, D', H', W']."""
 
-    plain = False  # never fold the norm: see PSMNet.plain
+    plain = False  # batch norm by PyTorch, and never folded: see PSMNet.plain
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class ConvNorm3d(nn.Module):
 class DeconvNorm3d(nn.Module):
     """A transposed 3x3x3 convolution that doubles D, H and W, then batch norm."""
 
-    plain = False  # never fold the norm: see PSMNet.plain
+    plain = False  # batch norm by PyTorch, and never folded: see PSMNet.plain
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -116,8 +117,12 @@ def _suits_kernels(norm: nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or _has_hooks(norm):
         return False
-    memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return x.is_contiguous(memory_format=memory_format) and x.shape[1] in (4, 8, 16, 32, 64, 128, 256, 512)
+    return x.is_contiguous(memory_format=channels_last_format(x)) and x.shape[1] in (4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def channels_last_format(x: Tensor) -> torch.memory_format:
+    """Return the memory order in which the channels of a map [B, C, H, W] or [B, C, D, H, W] lie together."""
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 @cache

@@ -59,7 +59,7 @@ class PSMNet(nn.Module):
         config: The model configuration; stored in every checkpoint.
         plain: Store the concatenated features, the cost volume and the upsampled score volume, as the formulas read.
             Slower, several times the memory, the same function: the reference that the default is held against. Frozen
-            batch norm is not folded either.
+            batch norm is not folded either, and that of the batch is PyTorch's.
         volume_dtype: Type that the features are converted to for the cost volume; None leaves them as they are.
         activation_checkpointing: In training, keep the inputs of each part only and compute it again in the backward
             pass: less memory for about a third more time, the same gradients.
