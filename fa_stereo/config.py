@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -546,7 +547,7 @@ class TrainerConfig:
             which steps with pictures, smaller last micro-batches and validations take theirs. For one process, not
             together with ``compile``.
         seed: Of weights, data order and augmentation.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda``, or ``cuda:N`` for one process.
         log_every_steps: Scalars to TensorBoard.
         picture_every_steps: Pictures to TensorBoard; 0 is off.
         validate_every_steps: Validation; 0 validates at the end of each epoch.
@@ -555,7 +556,8 @@ class TrainerConfig:
         keep_every_steps: Keep a numbered checkpoint this often; 0 is off.
         init_from: Weights to start from, a bundled name (``small``, ``full``) or a file; what matches is loaded, and
             the rest is reported.
-        resume: Checkpoint to go on from; ``auto`` takes ``last.pt`` of the output folder if there is one.
+        resume: Checkpoint to go on from; ``auto`` takes ``last.pt`` of the output folder if there is one. So does a
+            checkpoint of another folder, of which that is the continuation.
         plateau_alarm_steps: Warn if the loss has not fallen over so many steps; 0 is off.
     """
 
@@ -598,7 +600,8 @@ class TrainerConfig:
             raise InputError("trainer.compile and trainer.activation_checkpointing exclude each other: choose one")
         if self.compile and self.cuda_graph:
             raise InputError("trainer.compile and trainer.cuda_graph exclude each other: choose one")
-        _check_choice("trainer.device", self.device, ("auto", "cpu", "cuda"))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"trainer.device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         _check_seed("trainer.seed", self.seed)
         for name in ("log_every_steps", "picture_every_steps", "validate_every_steps", "checkpoint_every_steps",
                      "keep_every_steps", "plateau_alarm_steps"):  # fmt: skip
@@ -725,6 +728,9 @@ class EvaluateConfig:
         confidence: Measure the network's confidence too, over all pixels: the errors of what is kept from several
             thresholds on, and the area under the sparsification curve; printed, and in ``metrics.json``.
         regression: ``expectation`` or ``modal`` (see ``ModelConfig``); None takes what belongs to the weights.
+        max_disparity: Search range in pixels (exclusive), a multiple of 16; None is that of the weights, of SGBM 192.
+            Which pixels count is the protocol's.
+        tile: For large pictures: compute this many rows at a time, a multiple of 16; None computes whole pictures.
         precision: ``fp32``, ``bf16``, ``fp16``, ``mixed`` (``fa_stereo.inference.choose_precision``) or ``auto``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         workers: Loader processes per evaluating process.
@@ -741,6 +747,8 @@ class EvaluateConfig:
     contact_sheet: int = 0
     confidence: bool = False
     regression: str | None = None
+    max_disparity: int | None = None
+    tile: int | None = None
     precision: str = "fp32"
     device: str = "auto"
     workers: int = 2
@@ -749,6 +757,10 @@ class EvaluateConfig:
         _check_choice("method", self.method, ("network", "sgbm"))
         _check_choice("regression", self.regression, (None, *REGRESSIONS))
         _check_choice("precision", self.precision, ("auto", *INFERENCE_PRECISIONS))
+        for name in ("max_disparity", "tile"):
+            value = getattr(self, name)
+            if value is not None and (value < 16 or value % 16):
+                raise InputError(f"{name} must be a positive multiple of 16, got {value}")
         _check_positive("max_images", self.max_images, none=True)
         _check_positive("worst", self.worst, zero=True)
         _check_positive("contact_sheet", self.contact_sheet, zero=True)
@@ -757,6 +769,8 @@ class EvaluateConfig:
             raise InputError(f"method=sgbm has no weights: leave out checkpoint={self.checkpoint}")
         if self.method == "sgbm" and self.confidence:
             raise InputError("method=sgbm has no confidence: leave out confidence=true")
+        if self.method == "sgbm" and self.tile is not None:
+            raise InputError("method=sgbm computes whole pictures: leave out tile")
         if self.dataset.kind != "rendered" and self.dataset.root is None:
             raise InputError(
                 f"dataset.root is not given: name the folder of {self.dataset.kind} (data/README.md says how it is "

@@ -162,7 +162,7 @@ def select_images(count: int, protocol: ProtocolConfig) -> list[int]:
 
 
 def network_predictor(
-    network: nn.Module,
+    network: Callable[..., Any],
     device: torch.device | str | None = None,
     precision: str = "fp32",
     *,
@@ -171,7 +171,8 @@ def network_predictor(
     """Return a function from uint8 views to disparity, [1, H, W], by a network on normalised pictures.
 
     Args:
-        network: In eval mode it returns disparity [B, H, W], and with ``confidence=True`` confidence likewise.
+        network: A network in eval mode, or what calls one: returns disparity [B, H, W], and with ``confidence=True``
+            confidence likewise.
         device: Where to compute; None is where the network's parameters are.
         precision: ``fp32``, or ``bf16`` or ``fp16`` by autocast.
         confidence: Ask the network for its confidence too, and return [2, H, W].
@@ -181,7 +182,10 @@ def network_predictor(
     """
     if precision not in ("fp32", *_DTYPES):
         raise InputError(f"precision must be one of fp32, {', '.join(_DTYPES)}, got {precision!r}")
-    place = torch.device(device) if device is not None else next(network.parameters()).device
+    if device is None:
+        assert isinstance(network, nn.Module)
+        device = next(network.parameters()).device
+    place = torch.device(device)
 
     def predict(left: Tensor, right: Tensor) -> Tensor:
         views = [normalize_images(view.to(place, non_blocking=True)) for view in (left, right)]
@@ -329,8 +333,8 @@ class EvaluationResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The headline: every metric over all valid pixels, averaged as the protocol does; NaN without any pixel."""
-        return {metric: self.averages["all"][headline_averaging(self.protocol, metric)][metric] for metric in METRICS}
+        """The headline: see ``StreamingMetrics.headline``."""
+        return self.streaming.headline()
 
     @property
     def pixels(self) -> int:
@@ -543,7 +547,7 @@ def compare(
     if seed < 0:
         raise InputError(f"seed must be zero or more, got {seed}")
     _check_same_pixels(Path(folder_a), Path(folder_b))
-    a, b = (_read_per_image(Path(folder) / PER_IMAGE_FILE, metric) for folder in (folder_a, folder_b))
+    (a, areas_a), (b, areas_b) = (_read_per_image(Path(f) / PER_IMAGE_FILE, metric) for f in (folder_a, folder_b))
     for one, other, where in ((a, b, folder_b), (b, a, folder_a)):
         missing = [name for name in one if name not in other]
         if missing:
@@ -551,6 +555,12 @@ def compare(
                 f"{Path(where) / PER_IMAGE_FILE}: {len(missing)} images of the other evaluation are not there, "
                 f"first {missing[0]!r}; compare evaluations of the same images"
             )
+    other = next((name for name in a if areas_a[name] != areas_b[name]), None)
+    if other is not None:
+        raise InputError(
+            f"{folder_a} and {folder_b} are evaluations of different images: height, width and pixels that count "
+            f"of {other!r} are {', '.join(areas_a[other])} in one and {', '.join(areas_b[other])} in the other"
+        )
     pairs = np.array([(a[name], b[name]) for name in a], np.float64).reshape(-1, 2)
     measured = pairs[np.isfinite(pairs).all(axis=1)]
     if not len(measured):
@@ -581,8 +591,11 @@ def _bootstrap_means(values: NDArray[np.float64], samples: int, seed: int) -> ND
     return np.concatenate(parts)
 
 
-def _read_per_image(path: Path, metric: str) -> dict[str, float]:
-    """Return the metric by image name; NaN where the image has none or was skipped."""
+def _read_per_image(path: Path, metric: str) -> tuple[dict[str, float], dict[str, tuple[str, ...]]]:
+    """Return by image name the metric, NaN where the image has none or was skipped, and what tells other images apart.
+
+    That is the height, the width and how many pixels count, as they are written.
+    """
     rows = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8", "replace"), newline=""))
     columns = rows.fieldnames or []
     if not {"name", "skipped"} <= set(columns):
@@ -591,6 +604,7 @@ def _read_per_image(path: Path, metric: str) -> dict[str, float]:
         known = [column for column in columns if column.endswith(METRICS)]
         raise InputError(f"{path}: there is no metric {metric!r}; known there: {', '.join(known)}")
     values: dict[str, float] = {}
+    areas: dict[str, tuple[str, ...]] = {}
     for row in rows:
         if row["name"] in values:
             raise InputError(f"{path}: the image {row['name']!r} is there twice; evaluate one pass at a time")
@@ -598,7 +612,8 @@ def _read_per_image(path: Path, metric: str) -> dict[str, float]:
             values[row["name"]] = float(row[metric]) if row[metric] and row["skipped"] == "0" else math.nan
         except ValueError as error:
             raise InputError(f"{path}: {row[metric]!r} is no number (image {row['name']!r})") from error
-    return values
+        areas[row["name"]] = tuple(row.get(column) or "unknown" for column in ("height", "width", "pixels"))
+    return values, areas
 
 
 def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
@@ -628,6 +643,8 @@ def _read_source(path: Path) -> tuple[ProtocolConfig, dict[str, Any] | None]:
         if dataset is None:
             return protocol, None
         images = {"dataset.kind": dataset["kind"]}
+        if dataset["kind"] == "scene_flow":  # whose passes are called alike
+            images["dataset.scene_flow.passes"] = dataset.get("scene_flow", {}).get("passes")
         if dataset["kind"] == "rendered":  # of which the same names can be other pictures
             rendered = flatten({**to_plain(RenderConfig()), **dataset["rendered"]}, "dataset.rendered.")
             images |= {k: v for k, v in rendered.items() if k.rpartition(".")[2] not in ("samples", "device")}

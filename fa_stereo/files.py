@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fa_stereo.errors import InputError
+
+LOCK_FILE = ".lock"
 
 
 def save_atomically(path: str | Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
@@ -34,3 +39,30 @@ def save_atomically(path: str | Path, write: Callable[[Path], object], *, durabl
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder that exists, as far as they ask for it in this way too.
+
+    A lock on its file ``.lock``, which ends with this process at the latest. Where the system or the file system knows
+    no locks, nobody is kept out.
+
+    Raises:
+        InputError: Another process is there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                f"{folder}: another process writes to this folder: wait for it to end, or choose another"
+            ) from error
+        except OSError:
+            pass
+        yield

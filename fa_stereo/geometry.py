@@ -126,6 +126,36 @@ def point_cloud(
     return np.stack([x, y, z], axis=1).astype(np.float32), mask
 
 
+def left_right_consistent(
+    left_disparity: NDArray[np.floating[Any]], right_disparity: NDArray[np.floating[Any]], tolerance_px: float = 1.0
+) -> NDArray[np.bool_]:
+    """Tell which left pixels the right view's disparity agrees with: the left-right check.
+
+    ``|d(x) - d_right(x - d(x))| <= tolerance_px``, ``x - d(x)`` rounded to the nearest column. What one view alone sees
+    fails it. For the right view's pixels, mirror both maps and exchange them.
+
+    Args:
+        left_disparity: In pixels, [H, W]; not finite = unknown.
+        right_disparity: Likewise, of the right view.
+        tolerance_px: How much they may differ.
+
+    Returns:
+        Bool [H, W]; false where either disparity is unknown, or the match lies outside the right view.
+
+    Examples:
+        >>> left_right_consistent(np.array([[1.0, 1.0, 1.0, 1.0]]), np.array([[1.2, 4.0, 1.0, 0.0]])).tolist()
+        [[False, True, False, True]]
+    """
+    width = left_disparity.shape[1]
+    known = np.isfinite(left_disparity)
+    columns = np.rint(np.arange(width) - np.where(known, left_disparity, 0)).astype(np.int64)  # [H, W]
+    inside = known & (columns >= 0) & (columns < width)
+    matched = np.take_along_axis(right_disparity, np.where(inside, columns, 0), axis=1)
+    with np.errstate(invalid="ignore"):
+        agrees: NDArray[np.bool_] = inside & (np.abs(left_disparity - matched) <= tolerance_px)
+    return agrees
+
+
 def warp_right_to_left(right: Tensor, disparity: Tensor) -> tuple[Tensor, Tensor]:
     """Fetch for every left pixel the right view's value at ``x - d``, interpolating linearly along the row.
 

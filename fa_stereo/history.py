@@ -13,7 +13,7 @@ TensorBoard's files are for looking at; this one is for computing with. Every li
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,15 @@ class History:
         folder: The run's.
         last_step: Step of the last validation that the run remembers: what an interrupted one wrote beyond is dropped,
             since those steps are taken again.
+        lines: The history so far of a run that goes on in a folder without one.
 
     Raises:
         InputError: The file that is there cannot be read or is not a history.
     """
 
-    def __init__(self, folder: Path, last_step: int) -> None:
+    def __init__(self, folder: Path, last_step: int, lines: Sequence[dict[str, Any]] = ()) -> None:
         self.path = folder / FILE_NAME
-        lines = read_history(self.path) if self.path.exists() else []
+        lines = read_history(self.path) if self.path.exists() else lines
         self.lines: list[dict[str, Any]] = [line for line in lines if line["step"] <= last_step]
 
     def add(self, values: Mapping[str, Any]) -> None:

@@ -279,7 +279,7 @@ class StreamingMetrics:
         }
 
     def headline(self) -> dict[str, float]:
-        """Return every metric over all pixels, averaged as the protocol does."""
+        """Return every metric over all valid pixels, averaged as the protocol does; NaN without any pixel."""
         table = self.averages()["all"]
         return {metric: table[headline_averaging(self.protocol, metric)][metric] for metric in METRICS}
 

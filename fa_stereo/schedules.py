@@ -37,7 +37,7 @@ def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int, ep
         return _blend(1.0, config.final_factor, _half_cosine(progress))
     # one_cycle: up along half a cosine from 1/25, then down along another (Smith and Topin, "Super-convergence").
     rise = config.rise_fraction
-    if progress < rise:
+    if progress < rise or rise == 1:
         return _blend(1 / 25, 1.0, _half_cosine(progress / rise))
     return _blend(1.0, config.final_factor, _half_cosine((progress - rise) / (1 - rise)))
 

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -59,8 +59,9 @@ from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import evaluate, network_predictor
 from fa_stereo.export import find_record, training_record
-from fa_stereo.files import save_atomically
+from fa_stereo.files import save_atomically, sole_use
 from fa_stereo.history import History
+from fa_stereo.inference import choose_device
 from fa_stereo.losses import StereoLoss
 from fa_stereo.machine import describe_device
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
@@ -176,6 +177,7 @@ class Trainer:
         self.validation: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.history: History | None = None
+        self.lines: list[dict[str, Any]] = []  # of the history of the run that this one goes on with
         self.started = time.perf_counter()
         self.seconds: float | None = 0.0  # that the run took before
         self.seconds_in_steps = 0.0  # that all steps took, loading included, validations and writing not
@@ -224,24 +226,22 @@ class Trainer:
             self._tell(
                 "%d pairs are rendered meanwhile, by %d at a time; it draws from those there", len(pool), pool.workers
             )
-        log = None
-        if self.is_first:
-            self._prepare_output_dir()
-            self.history = History(self.output_dir, self.validated_step)
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-            log = TrainingLog(self.output_dir, self.step, self.expected_steps)
-        try:
+        with ExitStack() as held:
+            log = None
+            if self.is_first:
+                self._prepare_output_dir(held)
+                self.history = History(self.output_dir, self.validated_step, self.lines)
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                log = TrainingLog(self.output_dir, self.step, self.expected_steps)
+                held.callback(log.close)
             with StopRequest() as stop, logging_redirect_tqdm():
                 finished = self._loop(log, stop)
-        finally:
-            if log:
-                log.close()
-        for pool in pools:
-            self._tell("%d of %d pairs were rendered", pool.rendered, len(pool))
-        if finished:
-            self._export()
-        else:
+            for pool in pools:
+                self._tell("%d of %d pairs were rendered", pool.rendered, len(pool))
+            if finished:
+                self._export()
+        if not finished:
             self._tell("stopped at step %d; the same command with output_dir=%s goes on", self.step, self.output_dir)
         return TrainingResult(self.step, finished, self.output_dir, self.validation, self.best)
 
@@ -481,8 +481,8 @@ class Trainer:
             self.validation = self.validate(stop)
         except _StoppedInValidation:
             return False
-        except (InputError, OSError):
-            if distributed.world_size() == 1:  # a bad validation pair shall not cost the training so far
+        except Exception:
+            if distributed.world_size() == 1:  # a bad validation pair or a lack of memory shall not cost the training
                 self._save("last.pt")
             raise
         finally:
@@ -611,11 +611,16 @@ class Trainer:
     def _find_checkpoint(self) -> Path | None:
         last = self.output_dir / "last.pt"
         # Only the first process looks: on several nodes the others may not see its disk yet.
+        begun = distributed.broadcast_object(last.is_file())
         if self.settings.resume == "auto":
-            return distributed.broadcast_object(last if last.is_file() else None)
+            return last if begun else None
         if self.settings.resume is not None:
-            return Path(self.settings.resume)
-        if distributed.broadcast_object(last.is_file()):
+            named = Path(self.settings.resume)
+            if not begun or named.resolve().parent == self.output_dir.resolve():  # that is going back
+                return named
+            self._tell("%s is there already: going on from it, not from %s", last, named)
+            return last
+        if begun:
             raise InputError(
                 f"{last}: there is a run already; go on with trainer.resume=auto, or choose another output_dir"
             )
@@ -649,8 +654,11 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         self.validated_step = state["validated_step"]
         self.validation, self.best = state["validation"], state["best"]
-        if state["config"]["model"].get("regression", "expectation") != self.config.model.regression:
-            self.best = {}  # what is validated is another prediction: errors cannot be compared
+        self.lines = state.get("history", [])
+        if "model.regression" in changed or any(key.startswith("data.validation.") for key in changed):
+            self.best = {}  # what is validated is another prediction, or other pairs: errors cannot be compared
+        elif path.resolve().parent != self.output_dir.resolve():
+            self.best = {}  # its weights are not in this folder
         self.seconds, self.started_from = state.get("seconds"), state.get("started_from")
         self.seconds_in_steps = state.get("seconds_in_steps", self.seconds or 0.0)  # older checkpoints do not have it
         self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
@@ -708,15 +716,17 @@ class Trainer:
         self._write_metrics()
         self._tell("trained: %s", path)
 
-    def _prepare_output_dir(self) -> None:
+    def _prepare_output_dir(self, held: ExitStack) -> None:
         try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(sole_use(self.output_dir))
             self._write_metrics()  # tells now, not at the first checkpoint, that nothing can be written
         except OSError as error:
             raise InputError(
                 f"{self.output_dir}: cannot be written ({error.strerror or error}): "
                 "make room or choose another output_dir"
             ) from error
-        for half_written in self.output_dir.glob(".*.pt.*.tmp"):  # by a process that was killed
+        for half_written in self.output_dir.glob(".*.tmp"):  # by a process that was killed
             half_written.unlink()
 
     def _write_metrics(self) -> None:
@@ -876,8 +886,16 @@ def _choose_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError("trainer.device=cuda, but PyTorch finds no CUDA device: use trainer.device=cpu")
-    return torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+        raise InputError(f"trainer.device={name}, but PyTorch finds no CUDA device: use trainer.device=cpu")
+    device = torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+    if ":" in name:
+        if distributed.world_size() > 1:
+            raise InputError(
+                f"trainer.device={name} is for one process: with several trainer.device=cuda gives each one"
+            )
+        device = choose_device(name)
+        torch.cuda.set_device(device)
+    return device
 
 
 def _seed_everything(seed: int) -> None:

@@ -1,7 +1,8 @@
 # Sourced by scripts/demo and scripts/test: makes .venv beside pyproject.toml once, and puts its programs on the PATH.
-# usage: extras=... (empty, or "dev"), then . scripts/environment.sh
+# usage: extras=... (empty, or "dev"), then . scripts/environment.sh; goes to that folder from $caller.
 
 set -eu
+caller="$(pwd)"
 cd "$(dirname "$0")/.."
 
 python="${PYTHON:-python3}"

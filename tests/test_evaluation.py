@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fa_stereo.config import DatasetConfig, ModelConfig, ProtocolConfig, RenderConfig, to_plain
+from fa_stereo.config import DatasetConfig, ModelConfig, ProtocolConfig, RenderConfig, SceneFlowConfig, to_plain
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
@@ -480,6 +480,22 @@ def test_pictures_of_one_name_are_not_always_the_same(tmp_path: Path) -> None:
     kitti = [run(kind, kind=kind, root="/data") for kind in ("kitti2012", "kitti2015")]
     with pytest.raises(InputError, match=r"dataset\.kind is kitti2012 in one and kitti2015"):
         compare(*kitti)
+    passes = [
+        run(name, kind="scene_flow", root="/data", scene_flow=SceneFlowConfig(passes=name))
+        for name in ("clean", "final")
+    ]
+    with pytest.raises(InputError, match=r"dataset\.scene_flow\.passes is clean in one and final"):
+        compare(*passes)
+
+
+def test_pictures_of_one_name_and_another_size(two_runs: tuple[Path, Path]) -> None:
+    path = two_runs[1] / "per_image.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    first = lines[1].split(",")
+    first[2] = str(2 * int(first[2]))
+    path.write_text("".join([lines[0], ",".join(first), *lines[2:]]))
+    with pytest.raises(InputError, match="different images: height, width and pixels that count of 'scene/0000'"):
+        compare(*two_runs)
 
 
 def test_what_cannot_be_compared_is_refused(two_runs: tuple[Path, Path], tmp_path: Path) -> None:

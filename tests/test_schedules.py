@@ -41,6 +41,13 @@ def test_one_cycle_rises_and_falls() -> None:
     assert values[20:] == sorted(values[20:], reverse=True)
 
 
+@pytest.mark.parametrize(("rise", "ends"), [(0.0, (1.0, 0.0)), (1.0, (1 / 25, 1.0))])
+def test_one_cycle_that_only_falls_or_rises(rise: float, ends: tuple[float, float]) -> None:
+    config = ScheduleConfig("one_cycle", rise_fraction=rise)
+    assert learning_rate_factor(config, 0, 10, 0.0) == pytest.approx(ends[0])
+    assert learning_rate_factor(config, 10, 10, 0.0) == pytest.approx(ends[1])
+
+
 def test_multi_step_counts_epochs() -> None:
     values = factors(ScheduleConfig("multi_step", milestones=[3, 6], decay=0.1))
     assert values[29] == 1.0

@@ -72,6 +72,12 @@ def test_a_second_run_installs_nothing(clone: Path) -> None:
         assert run(clone, script)[1] == []
 
 
+def test_the_demos_files_are_where_it_is_called(clone: Path) -> None:
+    run(clone, "demo")
+    (clone / ".venv/bin/fa-stereo").write_text("#!/bin/sh\npwd\n")
+    assert run(clone, "demo")[0].stdout == "/\n"
+
+
 def test_other_requirements_are_installed(clone: Path) -> None:
     run(clone, "demo")
     with (clone / "pyproject.toml").open("a") as file:

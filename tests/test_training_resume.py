@@ -31,6 +31,7 @@ import fa_stereo.training
 from fa_stereo.config import DatasetConfig, TrainConfig
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import Predict
+from fa_stereo.history import FILE_NAME, read_history
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.training import Trainer
 
@@ -211,6 +212,75 @@ def test_a_bad_validation_pair_does_not_cost_the_training_so_far(pairs: Path, tm
     with pytest.raises(InputError, match=r"001\.png"):
         Trainer(tiny_config(pairs, tmp_path / "run", **changes)).run()
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
+
+
+def test_a_lack_of_memory_in_validation_does_not_either(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(
+        tiny_config(pairs, tmp_path, data__validation=DatasetConfig("pairs", str(pairs)), trainer__epochs=1)
+    )
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(fa_stereo.training, "evaluate", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.run()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_a_run_that_went_on_from_elsewhere_goes_on_itself(
+    pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same command again does not begin anew at the checkpoint it names; and the history is whole."""
+    caplog.set_level(logging.INFO)
+    old, new = tmp_path / "old", tmp_path / "new"
+    validation = DatasetConfig("pairs", str(pairs))
+    changes: dict[str, Any] = {"data__validation": validation, "trainer__validate_every_steps": 1}
+    Trainer(tiny_config(pairs, old, trainer__epochs=2, **changes)).run()
+    changes["trainer__resume"] = str(old / "last.pt")
+    first = Trainer(tiny_config(pairs, new, trainer__epochs=4, **changes))
+    assert first.best == {}  # its weights are not in the new folder
+    assert first.run().step == 6
+    assert [line["step"] for line in read_history(new / FILE_NAME)] == [1, 2, 3, 4, 5, 6]
+    best = torch.load(new / "best.pt", weights_only=True)["best"]
+    again = Trainer(tiny_config(pairs, new, trainer__epochs=6, **changes))
+    assert (again.step, again.best) == (6, best)
+    assert f"{new / 'last.pt'} is there already: going on from it, not from {old / 'last.pt'}" in caplog.text
+    # What lies in the folder itself is gone back to.
+    changes["trainer__resume"] = str(new / "best.pt")
+    assert Trainer(tiny_config(pairs, new, trainer__epochs=6, **changes)).step == best["step"]
+
+
+def test_the_best_so_far_is_of_the_same_validation_pairs(pairs: Path, tmp_path: Path) -> None:
+    other = write_pairs(tmp_path / "other", count=2)
+    folder = tmp_path / "run"
+    Trainer(tiny_config(pairs, folder, data__validation=DatasetConfig("pairs", str(pairs)), trainer__epochs=1)).run()
+    for root, kept in ((pairs, True), (other, False)):
+        changed = tiny_config(pairs, folder, data__validation=DatasetConfig("pairs", str(root)), trainer__epochs=2)
+        assert bool(Trainer(changed).best) == kept
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_two_runs_cannot_share_a_folder(pairs: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom fa_stereo.files import sole_use\n"
+        "with sole_use(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(100)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    assert holder.stdout is not None
+    with holder.stdout:
+        assert holder.stdout.readline() == "held\n"
+        trainer = Trainer(tiny_config(pairs, tmp_path, trainer__epochs=1))
+        with pytest.raises(InputError, match="another process writes to this folder"):
+            trainer.run()
+        assert not (tmp_path / "metrics.json").exists()
+        holder.kill()
+        holder.wait()
+    assert trainer.run().finished
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fa_stereo.cli.predict import named_weights, prepare_output_folder
+from fa_stereo.cli.options import parse_names, parse_size
+from fa_stereo.cli.predict import add_weights_arguments, named_weights, prepare_output_folder
 from fa_stereo.cli.tables import duration, markdown_table
 from fa_stereo.config import INFERENCE_PRECISIONS, PRECISIONS
 from fa_stereo.errors import InputError
@@ -76,9 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--pairs", nargs=2, metavar=("LEFT", "RIGHT"),
         help="pictures, folders or quoted glob patterns; needs trained weights",
     )  # fmt: skip
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--weights", metavar="NAME", help="bundled weights; by default fresh ones, of the full model")
-    source.add_argument("--checkpoint", metavar="PATH", help="weights of your own (.safetensors or .pt)")
+    add_weights_arguments(parser, default="fresh ones, of the full model")
     parser.add_argument(
         "--base-channels", type=int, metavar="C", help="width of a model with fresh weights (default 32)"
     )
@@ -187,7 +186,7 @@ def _parts(arguments: argparse.Namespace) -> tuple[str, ...]:
 
     if arguments.parts == "all":
         return tuple(part for part in PARTS if part != "pairs" or arguments.pairs)
-    parts = _names(arguments.parts, PARTS, "--parts")
+    parts = parse_names(arguments.parts, PARTS, "--parts")
     if ("pairs" in parts) != (arguments.pairs is not None):
         raise InputError("--parts pairs and --pairs LEFT RIGHT need each other: give both or neither")
     return parts
@@ -213,7 +212,7 @@ def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: s
     ):
         if wanted and not {*where} & {*parts}:
             raise InputError(f"{option} changes none of --parts {arguments.parts}: add one of {', '.join(where)}")
-    plain = _names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
+    plain = parse_names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
     if plain == ("fp64",) or "fp64" in plain[1:]:
         raise InputError(
             f"--plain-precisions names fp64, the reference, before others, got {arguments.plain_precisions}"
@@ -224,7 +223,7 @@ def _check(arguments: argparse.Namespace, parts: tuple[str, ...], device_type: s
 
 def _reference_precision(arguments: argparse.Namespace) -> str:
     """Return the precision of the plain path that speedups refer to where nothing else is asked for."""
-    plain = _names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
+    plain = parse_names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
     return next(name for name in plain if name != "fp64")
 
 
@@ -247,8 +246,8 @@ def _variants(arguments: argparse.Namespace, part: str) -> list[tuple[str, str]]
     from fa_stereo.inference import choose_device
     from fa_stereo.profiling import COMPILED_PARTS, GRAPHED_PARTS
 
-    precisions = _names(arguments.precisions, INFERENCE_PRECISIONS, "--precisions")
-    plain_precisions = _names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
+    precisions = parse_names(arguments.precisions, INFERENCE_PRECISIONS, "--precisions")
+    plain_precisions = parse_names(arguments.plain_precisions, PLAIN_PRECISIONS, "--plain-precisions")
     if part in ("features", "first_convolution", "aggregation", "training_step"):  # mixed is nothing new there
         precisions = tuple(name for name in precisions if name != "mixed")
     if part == "training_step":
@@ -280,22 +279,7 @@ def _inputs(arguments: argparse.Namespace, part: str) -> list[dict[str, Any]]:
     training = part == "training_step"
     sizes = [arguments.training_size] if training else arguments.sizes.split(",")
     batch = arguments.training_batch if training else arguments.batch
-    return [{"height": height, "width": width, "batch": batch} for height, width in map(_size, sizes)]
-
-
-def _names(text: str, choices: tuple[str, ...], option: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if name not in choices]
-    if unknown or not names:
-        raise InputError(f"{option} takes any of {','.join(choices)}, got {unknown[0] if unknown else text!r}")
-    return names
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.strip().lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise InputError(f"a size is HEIGHTxWIDTH, 544x960 for example, got {text!r}")
-    return int(height), int(width)
+    return [{"height": height, "width": width, "batch": batch} for height, width in map(parse_size, sizes)]
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from fa_stereo.data.scene_flow import (
     list_scene_flow,
 )
 from fa_stereo.errors import InputError
+from fa_stereo.machine import available_cores
 
 _LARGE_DISPARITY_PX = 192  # what the paper's networks can express
 _LISTED_PROBLEMS = 20
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=_positive,
         metavar="N",
-        default=min(8, os.cpu_count() or 1),
+        default=min(8, available_cores()),
         help="files read at once (%(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the whole report here")
@@ -243,8 +243,12 @@ def _scene_flow(root: Path, arguments: argparse.Namespace, report: Report) -> It
 def _others(root: Path, arguments: argparse.Namespace, report: Report) -> Iterator[Dataset[StereoSample]]:
     split = "all" if arguments.kind.startswith("kitti") else "train"
     dataset = open_dataset(DatasetConfig(arguments.kind, str(root), split, arguments.resolution))
-    found = len(dataset)  # type: ignore[arg-type]
-    report.counts.append(Count("frames with ground truth", found, _KITTI_FRAMES.get(arguments.kind)))
+    assert isinstance(dataset, FileDataset)
+    found = sum(frame.disparity is not None for frame in dataset.frames)
+    what = "frames with ground truth"
+    if not found:
+        what, found = "frames without ground truth, enough for fa-stereo predict alone", len(dataset)
+    report.counts.append(Count(what, found, _KITTI_FRAMES.get(arguments.kind)))
     yield dataset
 
 

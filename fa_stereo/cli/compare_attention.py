@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fa_stereo.cli.options import parse_names, parse_size
 from fa_stereo.cli.predict import prepare_output_folder
+from fa_stereo.cli.tables import markdown_table
 from fa_stereo.config import ATTENTION_SLOTS, PRECISIONS
 from fa_stereo.errors import InputError
 
@@ -175,12 +177,12 @@ def plan(arguments: argparse.Namespace) -> list[list[Case]]:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise InputError(f"--{option.replace('_', '-')} must be positive, got {value}")
-    variants = _names(arguments.variants or DEFAULT_VARIANTS[arguments.scope], None, "--variants")
-    modes = _names(arguments.modes or DEFAULT_MODES[arguments.scope], MODES, "--modes")
-    precisions = _names(arguments.precisions, PRECISIONS, "--precisions")
-    slots = _names(arguments.slots, ATTENTION_SLOTS, "--slots")
+    variants = parse_names(arguments.variants or DEFAULT_VARIANTS[arguments.scope], None, "--variants")
+    modes = parse_names(arguments.modes or DEFAULT_MODES[arguments.scope], MODES, "--modes")
+    precisions = parse_names(arguments.precisions, PRECISIONS, "--precisions")
+    slots = parse_names(arguments.slots, ATTENTION_SLOTS, "--slots")
     batches = [_number(text, "--batches") for text in arguments.batches.split(",")]
-    sizes = [_size(text) for text in (arguments.sizes or DEFAULT_SIZES[arguments.scope]).split(",")]
+    sizes = [parse_size(text) for text in (arguments.sizes or DEFAULT_SIZES[arguments.scope]).split(",")]
     if arguments.fit_batch and len(set(batches)) < 2:
         raise InputError("--fit-batch draws a line through measured batches: give two or more, such as --batches 1,2,4")
     key_channels = arguments.key_channels or 2 * arguments.base_channels
@@ -239,26 +241,10 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _names(text: str, choices: Sequence[str] | None, option: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if choices is not None and name not in choices]
-    if unknown or not names:
-        known = f"any of {','.join(choices)}" if choices else "a list of names"
-        raise InputError(f"{option} takes {known}, got {unknown[0] if unknown else text!r}")
-    return names
-
-
 def _number(text: str, option: str) -> int:
     if not text.strip().isdecimal():
         raise InputError(f"{option} takes whole numbers separated by commas, got {text!r}")
     return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.strip().lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise InputError(f"a size is HEIGHTxWIDTH, 544x960 for example, got {text!r}")
-    return int(height), int(width)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -317,7 +303,7 @@ def _measured_table(rows: list[dict[str, Any]], report: dict[str, Any]) -> str:
                 f"{row['deviation']:.0e}" if "deviation" in row else "",
             ]
         )
-    return f"**{rows[0]['mode']}**\n\n" + _table(header, cells, left=3)
+    return f"**{rows[0]['mode']}**\n\n" + markdown_table(header, cells, left=3)
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -356,7 +342,9 @@ def _growth_table(entries: list[dict[str, Any]]) -> str:
         for entry in entries
     ]  # fmt: skip
     title = "**Growth** with N positions (lines fitted to the logarithms of what was measured)"
-    return f"{title}\n\n" + _table(["mode", "variant", "time", "inputs", "extra memory", "inputs"], cells, left=2)
+    return f"{title}\n\n" + markdown_table(
+        ["mode", "variant", "time", "inputs", "extra memory", "inputs"], cells, left=2
+    )
 
 
 def _largest_table(entries: list[dict[str, Any]]) -> str:
@@ -377,7 +365,7 @@ def _largest_table(entries: list[dict[str, Any]]) -> str:
             ]
         )
     header = ["mode", "variant", "largest that fits", "positions", "does not", "why"]
-    return "**Largest input**, by search\n\n" + _table(header, cells, left=2)
+    return "**Largest input**, by search\n\n" + markdown_table(header, cells, left=2)
 
 
 def _fit_table(entries: list[dict[str, Any]]) -> str:
@@ -396,24 +384,9 @@ def _fit_table(entries: list[dict[str, Any]]) -> str:
     ]
     header = ["mode", "variant", "input", "measured at", "line", "off by up to", f"batch {entries[0]['batch']}",
               "largest batch in the budget"]  # fmt: skip
-    return "**Computed, not measured**: memory used at other batches, by straight lines\n\n" + _table(
+    return "**Computed, not measured**: memory used at other batches, by straight lines\n\n" + markdown_table(
         header, cells, left=3
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Return a Markdown table, aligned for the terminal as well; all but the first columns are set to the right."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return f"| {' | '.join(aligned)} |"
-
-    rule = "|".join("-" * (width + 2) if i < left else "-" * (width + 1) + ":" for i, width in enumerate(widths))
-    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
 
 
 def _seconds(value: float) -> str:

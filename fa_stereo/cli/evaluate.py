@@ -7,15 +7,16 @@ import dataclasses
 import heapq
 import sys
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fa_stereo.config import DatasetConfig, EvaluateConfig, ProtocolConfig, from_plain, to_plain
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from fa_stereo.evaluation import EvaluatedImage, EvaluationResult, Predict
     from fa_stereo.visualization import Panel
@@ -71,14 +72,16 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
-def _predictor(config: EvaluateConfig) -> tuple[Predict | nn.Module, dict[str, str]]:
+def _predictor(config: EvaluateConfig) -> tuple[Predict, dict[str, Any]]:
     """Return what predicts, and what to record of it."""
     if config.method == "sgbm":
-        return sgbm_predictor, {"method": "sgbm"}
+        limit = config.max_disparity or 192
+        return partial(sgbm_predictor, max_disparity=limit), {"method": "sgbm", "max_disparity": limit}
     from fa_stereo.evaluation import network_predictor
     from fa_stereo.inference import choose_device, choose_precision
     from fa_stereo.models.checkpoint import load_model
     from fa_stereo.models.optimized import optimize_for_inference
+    from fa_stereo.tiling import predict_in_bands
     from fa_stereo.weights import find_checkpoint
 
     device = choose_device(config.device)
@@ -87,9 +90,13 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict | nn.Module, dict[str, s
     model = load_model(checkpoint, device)
     if config.regression is not None:
         model.set_regression(config.regression)
+    if config.max_disparity is not None:
+        model.set_max_disparity(config.max_disparity)
 
     def build(computed_in: str = "fp32") -> Predict:
-        network = optimize_for_inference(model, computed_in)
+        network: Callable[..., Any] = optimize_for_inference(model, computed_in)
+        if config.tile is not None:
+            network = partial(predict_in_bands, network, band_height=config.tile)
         return network_predictor(network, device, confidence=config.confidence)
 
     predict = build(precision)
@@ -99,6 +106,7 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict | nn.Module, dict[str, s
         "method": "network",
         "checkpoint": str(config.checkpoint or checkpoint.stem),
         "regression": model.config.regression,
+        "max_disparity": model.config.max_disparity,
         "precision": precision,
         "device": device.type,
     }
@@ -120,7 +128,7 @@ def repeat_in_full(predict: Predict, build: Callable[[], Predict]) -> Predict:
     return checked
 
 
-def _subject(description: dict[str, str]) -> str:
+def _subject(description: dict[str, Any]) -> str:
     if description["method"] == "sgbm":
         return "OpenCV's SGBM"
     regression = "" if description["regression"] == "expectation" else f"{description['regression']} regression, "
@@ -134,14 +142,14 @@ def _describe_dataset(config: DatasetConfig) -> str:
     return " ".join(words)
 
 
-def sgbm_predictor(left: Tensor, right: Tensor) -> Tensor:
+def sgbm_predictor(left: Tensor, right: Tensor, *, max_disparity: int = 192) -> Tensor:
     """Return SGBM's disparity [1, H, W] of uint8 views [1, 3, H, W]."""
     import torch
 
     from fa_stereo.sgbm import match_semi_global
 
     left_view, right_view = (view[0].permute(1, 2, 0).contiguous().numpy() for view in (left, right))  # [H, W, 3]
-    return torch.from_numpy(match_semi_global(left_view, right_view))[None]
+    return torch.from_numpy(match_semi_global(left_view, right_view, max_disparity))[None]
 
 
 def deviations(config: EvaluateConfig) -> list[str]:

@@ -67,6 +67,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"fa-stereo {name}: {describe(error)}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        reason = describe_lack(error, training=name == "train")
+        if reason is None or os.environ.get("FA_STEREO_DEBUG"):
+            raise
+        print(f"fa-stereo {name}: {reason}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"fa-stereo {name}: interrupted", file=sys.stderr)
         return 130
@@ -78,6 +84,27 @@ def describe(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror[0].lower()}{error.strerror[1:]}"
     return " ".join(str(error).split())
+
+
+def describe_lack(error: Exception, *, training: bool = False) -> str | None:
+    """Return one sentence for an error that a lack of memory has led to, None for any other."""
+    from fa_stereo.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        remedy = "take smaller pictures, or another device"
+        if training:
+            remedy = (
+                "lower trainer.micro_batch_size or data.augmentation.crop_height and crop_width, or set "
+                "trainer.activation_checkpointing=true"
+            )
+        return f"out of memory ({' '.join(str(error).split()) or 'nothing left to allocate'}): {remedy}"
+    if str(error).startswith("DataLoader worker"):  # all that PyTorch says by: one has no exception type of its own
+        key = "data.workers" if training else "workers"
+        return (
+            "a process that loads pairs was ended by the system, for want of memory or of room in /dev/shm perhaps: "
+            f"lower {key} (0 loads them in the process itself)"
+        )
+    return None
 
 
 if __name__ == "__main__":

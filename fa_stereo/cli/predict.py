@@ -50,6 +50,11 @@ SUFFIXES = {
     "depth_mm": "_depth_mm.png", "ply": ".ply", "confidence": "_confidence.png",
 }  # fmt: skip
 FORMATS = tuple(SUFFIXES)
+OTHER_SUFFIXES = (
+    ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".exr", ".hdr", ".npz", ".mat", ".txt",
+    ".csv", ".json", ".pcd", ".xyz", ".obj",
+)  # fmt: skip
+"""Endings of a file that people may ask for, rather than of a folder's name."""
 DEFAULT_FORMATS = "png,pfm"
 MOST_WARNINGS = 5
 
@@ -79,6 +84,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-confidence", type=float, default=0.0, metavar="P",
         help="pixels of less confidence, from 0 to 1, get no value: black, inf in pfm and npy, no point, no depth",
+    )  # fmt: skip
+    parser.add_argument(
+        "--left-right", type=float, metavar="PX",
+        help="predict both views, in twice the time: pixels that the other view's disparity contradicts by more than "
+        "this get no value likewise, above all those that one view alone sees",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip-existing", action="store_true",
+        help="pass over pairs all of whose results are there, as when a stopped command is given again",
     )  # fmt: skip
     add_camera_arguments(parser)
     add_predictor_arguments(parser)
@@ -146,6 +160,8 @@ def main(argv: list[str]) -> int:
 
     if not 0 <= arguments.min_confidence <= 1:
         raise InputError(f"--min-confidence must be from 0 to 1, got {arguments.min_confidence:g}")
+    if arguments.left_right is not None and not 0 <= arguments.left_right < math.inf:
+        raise InputError(f"--left-right must be zero or more pixels, got {arguments.left_right:g}")
     pairs = pair_pictures(arguments.left, arguments.right)
     folder = Path(arguments.output)
     single_format = _single_format(arguments.output, arguments.formats, len(pairs))
@@ -161,11 +177,17 @@ def main(argv: list[str]) -> int:
         suffix = "_right" if arguments.view == "right" else ""
         outputs = {pair.name: output_paths(folder, f"{pair.name}{suffix}", formats) for pair in pairs}
     check_outputs(pairs, outputs)
+    several = len(pairs) > 1
+    if arguments.skip_existing:
+        found, pairs = len(pairs), [pair for pair in pairs if not all(path.exists() for path in outputs[pair.name])]
+        print(f"{found - len(pairs)} of {found} pairs are there already")
+        if not pairs:
+            return 0
     cameras = Cameras(arguments, formats)
     needs_confidence = arguments.min_confidence > 0 or "confidence" in formats
     predictor = load_named_predictor(arguments, confidence=needs_confidence)
-    job = _Job(predictor, cameras, arguments.view, arguments.min_confidence, arguments.color_max)
-    if len(pairs) > 1:
+    job = _Job(predictor, cameras, arguments.view, arguments.min_confidence, arguments.left_right, arguments.color_max)
+    if several:
         prepare_output_folder(folder)
         return _predict_many(job, pairs, folder, outputs)
     _predict_one(job, pairs[0], folder, outputs[pairs[0].name])
@@ -231,6 +253,7 @@ class _Job:
         cameras: For depth and points.
         view: ``left`` or ``right``: whose disparity.
         min_confidence: Pixels of less get no value.
+        left_right: Nor do those that the other view contradicts by more pixels than this; None asks no other view.
         color_max: Disparity of the last colour in pixels; None is each picture's own.
     """
 
@@ -238,24 +261,49 @@ class _Job:
     cameras: Cameras
     view: str
     min_confidence: float
+    left_right: float | None
     color_max: float | None
 
     def predict(self, left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Prediction:
         """Return the view's disparity, before any pixel loses it."""
-        return self.predictor(left, right) if self.view == "left" else self.predictor.predict_right(left, right)
+        return self._predict(left, right, self.view)
 
-    def without_doubtful(self, name: str, prediction: Prediction) -> Prediction:
-        """Return the prediction of a pair whose disparity is infinite (no value) where it is not confident enough."""
+    def _predict(self, left: NDArray[np.uint8], right: NDArray[np.uint8], view: str) -> Prediction:
+        return self.predictor(left, right) if view == "left" else self.predictor.predict_right(left, right)
+
+    def without_doubtful(
+        self, name: str, left: NDArray[np.uint8], right: NDArray[np.uint8], prediction: Prediction
+    ) -> Prediction:
+        """Return the prediction of a pair whose disparity is infinite (no value) where it is in doubt.
+
+        That is where it is not confident enough, and where the other view contradicts it.
+        """
         from tqdm import tqdm
 
-        if prediction.confidence is None:
-            return prediction
-        confident = prediction.confidence >= self.min_confidence
-        if not confident.any():
-            tqdm.write(
-                f"warning: {name}: no pixel has a confidence of {self.min_confidence:g} or more", file=sys.stderr
-            )
-        return dataclasses.replace(prediction, disparity=np.where(confident, prediction.disparity, np.float32(np.inf)))
+        disparity, seconds = prediction.disparity, prediction.seconds
+        if prediction.confidence is not None:
+            confident = prediction.confidence >= self.min_confidence
+            if not confident.any():
+                tqdm.write(
+                    f"warning: {name}: no pixel has a confidence of {self.min_confidence:g} or more", file=sys.stderr
+                )
+            disparity = np.where(confident, disparity, np.float32(np.inf))
+        if self.left_right is not None:
+            other = self._predict(left, right, "right" if self.view == "left" else "left")
+            seconds += other.seconds
+            agrees = self._agrees(prediction.disparity, other.disparity)
+            if not agrees.any():
+                tqdm.write(f"warning: {name}: the other view agrees nowhere", file=sys.stderr)
+            disparity = np.where(agrees, disparity, np.float32(np.inf))
+        return dataclasses.replace(prediction, disparity=disparity, seconds=seconds)
+
+    def _agrees(self, disparity: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.bool_]:
+        from fa_stereo.geometry import left_right_consistent
+
+        assert self.left_right is not None
+        if self.view == "left":
+            return left_right_consistent(disparity, other, self.left_right)
+        return left_right_consistent(disparity[:, ::-1], other[:, ::-1], self.left_right)[:, ::-1]
 
     def calibration(self, height: int, width: int) -> StereoCalibration:
         """Return the cameras; ``cx_px`` is the column of the view's own principal point."""
@@ -315,7 +363,7 @@ def _single_format(output: str, formats: str | None, pairs: int) -> str | None:
     path = Path(output)
     if path.is_dir():
         return None
-    if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"):
+    if path.suffix.lower() in OTHER_SUFFIXES:
         raise InputError(f"-o {output}: a result can be written as .png, .pfm, .npy or .ply; name one, or a folder")
     fitting = {len(suffix): kind for kind, suffix in SUFFIXES.items() if path.name.lower().endswith(suffix)}
     if not fitting:
@@ -379,11 +427,11 @@ def _predict_one(job: _Job, pair: PicturePair, folder: Path, outputs: dict[Path,
         print(f"warning: {pair.name}: {sentence}", file=sys.stderr)
     prediction = job.predict(left, right)
     disparity = prediction.disparity
+    prediction = job.without_doubtful(pair.name, left, right, prediction)
     print(
         f"{pair.name}: {left.shape[1]}x{left.shape[0]}, disparity {disparity.min():.1f} to {disparity.max():.1f} px, "
         f"{prediction.seconds:.2f} s on {prediction.device} in {prediction.precision}"
     )
-    prediction = job.without_doubtful(pair.name, prediction)
     for path, kind in outputs.items():
         job.write(path, kind, left if job.view == "left" else right, prediction)
         print(path)
@@ -410,7 +458,7 @@ def _predict_many(job: _Job, pairs: list[PicturePair], folder: Path, outputs: di
                 left, right = read_picture_pair(pair.left_path, pair.right_path)
                 job.cameras.check(*left.shape[:2])
                 judgement = judge_pair(left, right)
-                prediction = job.predict(left, right)
+                prediction = job.without_doubtful(pair.name, left, right, job.predict(left, right))
             except InputError as error:
                 failed.append(pair.name)
                 tqdm.write(f"failed: {pair.name}: {error}", file=sys.stderr)
@@ -420,7 +468,6 @@ def _predict_many(job: _Job, pairs: list[PicturePair], folder: Path, outputs: di
                 if suspicious <= MOST_WARNINGS:
                     for sentence in judgement.warnings:
                         tqdm.write(f"warning: {pair.name}: {sentence}", file=sys.stderr)
-            prediction = job.without_doubtful(pair.name, prediction)
             try:
                 for path, kind in outputs[pair.name].items():
                     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from fa_stereo.data.formats import write_bytes
 from fa_stereo.data.loading import interrupts_ignored, start_renderer
 from fa_stereo.data.rendered import LARGEST_SET, RenderedPairs, frame_files, read_settings, settings_file, write_frame
 from fa_stereo.errors import InputError
+from fa_stereo.machine import available_cores
 
 FLAGS = ("samples", "height", "width", "seed", "max_disparity", "difficulty")
 
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                         help="any other field of RenderConfig, e.g. thin=0 or noise=0.05; may be repeated")  # fmt: skip
     parser.add_argument("--split", choices=("TRAIN", "TEST"), default="TRAIN", help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
+    parser.add_argument("--workers", type=int, default=available_cores(),
                         help="processes; 0 renders in this one (default: %(default)s, one a core)")  # fmt: skip
     return parser
 
@@ -94,10 +95,11 @@ def _record(root: Path, split: str, config: RenderConfig) -> None:
     settings = to_plain(config)
     del settings["samples"]  # more of the same may be added later
     known = read_settings(root, split)
-    if known is not None and known != settings:
-        different = sorted(key for key in settings if known.get(key) != settings[key])
+    known = settings if known is None else known
+    different = sorted(key for key in known | settings if known.get(key) != settings.get(key))
+    if different and different != ["device"]:  # a scene is the same on every device
         raise InputError(
-            f"{root} holds {split} pairs rendered with another {', '.join(different) or 'configuration'}; "
+            f"{root} holds {split} pairs rendered with another {', '.join(different)}; "
             "give the same values or another output folder"
         )
     path = settings_file(root, split)
@@ -120,6 +122,11 @@ def _mapped(work: partial[None], indices: Iterable[int], workers: int) -> Iterat
             with interrupts_ignored():  # by the workers, which inherit it: Ctrl-C is this process's business
                 done = pool.map(work, indices)
             yield done
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process that renders was ended by the system, for want of memory perhaps: the same command with "
+                f"fewer --workers (now {workers}) goes on where it was"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

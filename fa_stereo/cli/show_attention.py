@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fa_stereo.cli.predict import check_outputs, named_weights, prepare_output_folder
+from fa_stereo.cli.predict import add_weights_arguments, check_outputs, named_weights, prepare_output_folder
 from fa_stereo.errors import InputError
-from fa_stereo.weights import list_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,9 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--masks", type=int, default=11, metavar="N", help="masks on the sheets (default 11)")
     parser.add_argument("--slot", help="where the block sits, e.g. res4, if the network has several")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--weights", metavar="NAME", help=f"bundled weights ({', '.join(list_weights())}) or a file")
-    source.add_argument("--checkpoint", metavar="PATH", help="a file of your own (.safetensors or .pt)")
+    add_weights_arguments(parser)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     return parser
 

@@ -6,13 +6,16 @@ while the training goes on, and it draws from what is there, few pairs at first,
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from multiprocessing.util import Finalize
@@ -27,6 +30,8 @@ from fa_stereo.data.loading import interrupts_ignored, start_renderer
 from fa_stereo.data.rendered import RenderedPairs, render_pair
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE_SECONDS = 120.0  # for the first pair
 
@@ -62,7 +67,8 @@ class RenderedPool(Dataset[StereoSample]):
         context = multiprocessing.get_context("spawn")  # forking a process that has run PyTorch may hang
         processes: list[BaseProcess] = []
         # Unlike weakref's, before multiprocessing waits for its daemons at exit: these ignore what it sends them.
-        self._finalize: Finalize[None] | None = Finalize(self, _end, (processes,), exitpriority=10)
+        closing = threading.Event()
+        self._finalize: Finalize[None] | None = Finalize(self, _end, (processes, closing), exitpriority=10)
         self._failed[len(self._pairs) :] = 1  # they have nothing to render
         # By the processes, which inherit it: Ctrl-C and a scheduler's SIGTERM to all are this one's business.
         with interrupts_ignored(signal.SIGINT, signal.SIGTERM):
@@ -71,6 +77,7 @@ class RenderedPool(Dataset[StereoSample]):
                 process = context.Process(target=_render, args=arguments, daemon=True)
                 process.start()
                 processes.append(process)
+        threading.Thread(target=_watch, args=(processes, self._failed, closing), daemon=True).start()
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -80,7 +87,7 @@ class RenderedPool(Dataset[StereoSample]):
 
         Raises:
             InputError: There is none yet, and the processes failed or take too long.
-        ValueError: The pool is closed.
+            ValueError: The pool is closed.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
@@ -222,7 +229,25 @@ def _render(pool: RenderedPool, worker: int, devices: list[str]) -> None:
         raise
 
 
-def _end(processes: list[BaseProcess]) -> None:
+def _watch(processes: Sequence[BaseProcess], failed: NDArray[np.uint8], closing: threading.Event) -> None:
+    """Tell of a process that ends before it should, and count it as failed: the system's out-of-memory killer may."""
+    running = {process.sentinel: worker for worker, process in enumerate(processes)}
+    while running:
+        for sentinel in wait(list(running)):
+            assert isinstance(sentinel, int)
+            worker = running.pop(sentinel)
+            if closing.is_set():
+                return
+            processes[worker].join()
+            code = processes[worker].exitcode
+            if code:
+                failed[worker] = 1
+                how = f"was ended by signal {-code}, for want of memory perhaps" if code < 0 else "failed, see above"
+                logger.warning("a process that renders pairs %s; still rendering: %d", how, len(running))
+
+
+def _end(processes: Sequence[BaseProcess], closing: threading.Event) -> None:
+    closing.set()
     for process in processes:
         process.kill()
     for process in processes:

@@ -38,7 +38,7 @@ def default_weights(device_type: str) -> str:
             return name
     raise InputError(
         f"no weights come with this installation (looked in {_folder()}): name a checkpoint of your own, e.g. "
-        "--checkpoint runs/train/best.safetensors"
+        "--checkpoint runs/train/weights.safetensors"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training_runs import write_pairs
 
 from fa_stereo.cli import check_data
+from fa_stereo.cli.main import main
 from fa_stereo.data.formats import write_kitti_disparity, write_pfm, write_picture
 from fa_stereo.errors import InputError
 
@@ -159,6 +162,17 @@ def test_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert check_data.main([str(tmp_path), "--kind", "kitti2015"]) == 1
     assert check_data.main([str(tmp_path), "--kind", "kitti2015", "--partial"]) == 0
     assert "mean 12.50" in capsys.readouterr().out
+
+
+def test_own_pairs_without_ground_truth_are_not_called_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pairs(tmp_path / "mine", count=3)
+    assert main(["check-data", str(tmp_path / "mine"), "--kind", "pairs"]) == 0
+    assert re.search(r"frames with ground truth +3\n", capsys.readouterr().out)
+    shutil.rmtree(tmp_path / "mine/disparity")
+    assert main(["check-data", str(tmp_path / "mine"), "--kind", "pairs"]) == 0
+    assert re.search(r"frames without ground truth, enough for fa-stereo predict alone +3\n", capsys.readouterr().out)
 
 
 def test_real_data(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,19 @@ def test_another_regression(scene_flow: Path, tmp_path: Path, capsys: pytest.Cap
     assert "regression must be one of None, expectation, modal, got 'mode'" in capsys.readouterr().err
 
 
+def test_another_range_and_bands_of_rows(scene_flow: Path, weights: Path, tmp_path: Path) -> None:
+    errors = {}
+    for name, options in {"whole": [], "bands": ["tile=16"], "far": ["max_disparity=64"]}.items():
+        common = [f"checkpoint={weights}", *data_of(scene_flow), "workers=0", "device=cpu", "max_images=1"]
+        assert main(["evaluate", *common, *options, f"output_dir={tmp_path / name}"]) == 0
+        stored = json.loads((tmp_path / name / "metrics.json").read_text())
+        errors[name] = stored["metrics"]["end_point_error"]
+        assert (stored["source"]["max_disparity"] == 64) == (name == "far")
+    # Of pictures this small each band sees all of it.
+    assert errors["bands"] == pytest.approx(errors["whole"], abs=1e-4)
+    assert abs(errors["far"] - errors["whole"]) > 0.1
+
+
 def test_sgbm_pictures_and_comparison(repository: Path, scene_flow: Path, tmp_path: Path) -> None:
     runs = {}
     for protocol in ("default", "igev"):

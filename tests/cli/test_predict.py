@@ -249,6 +249,44 @@ def test_confidence_and_pixels_without_enough(tmp_path: Path, capsys: pytest.Cap
     assert "--min-confidence must be from 0 to 1, got 1.5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("view", ["left", "right"])
+def test_pixels_that_the_other_view_contradicts(tmp_path: Path, checkpoint: Path, view: str) -> None:
+    pair = (tmp_path / "a_left.png", tmp_path / "a_right.png")
+    write_pair(*pair)
+    predictor, views = load_predictor(checkpoint, "cpu"), [read_picture(path) for path in pair]
+    maps = {"left": predictor(*views).disparity, "right": predictor.predict_right(*views).disparity}
+    own, other = maps[view], maps["right" if view == "left" else "left"]
+    tolerance = 0.05  # a network that was not trained agrees with itself by chance
+    expected = np.full_like(own, np.inf)
+    for y, x in np.ndindex(*own.shape):
+        match = round(float(x - own[y, x] if view == "left" else x + own[y, x]))
+        if 0 <= match < own.shape[1] and abs(own[y, x] - other[y, match]) <= tolerance:
+            expected[y, x] = own[y, x]
+    out = tmp_path / "out.npy"
+    assert predict(*pair, "-o", out, "--checkpoint", checkpoint, "--view", view, "--left-right", str(tolerance)) == 0
+    found = np.load(out)
+    assert 0 < np.isfinite(found).sum() < found.size
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_results_that_are_there_are_passed_over(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_three_pairs(tmp_path)
+    out = tmp_path / "out"
+    command = (tmp_path / "left", tmp_path / "right", "-o", out, "--checkpoint", checkpoint, "--skip-existing")
+    assert predict(*command) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "1.pfm").unlink()
+    capsys.readouterr()
+    assert predict(*command) == 0
+    assert capsys.readouterr().out.startswith(f"2 of 3 pairs are there already\n1 of 1 pairs written to {out}")
+    after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert sorted(name for name in after if after[name] != before[name]) == ["1.pfm", "1.png"]
+    assert predict(*command) == 0
+    assert capsys.readouterr().out == "3 of 3 pairs are there already\n"
+
+
 def test_the_right_view_in_fixed_colours(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pair(tmp_path / "a_left.png", tmp_path / "a_right.png")
     (tmp_path / "calib.txt").write_text(CALIBRATION)

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fa_stereo.cli import render
 from fa_stereo.cli.main import main
 from fa_stereo.config import RenderConfig
 from fa_stereo.data.formats import read_pfm, read_picture
 from fa_stereo.data.rendered import frame_files, render_pair
+from fa_stereo.errors import InputError
 
 SMALL = ["--height", "32", "--width", "64", "--seed", "7"]
 CONFIG = RenderConfig(height=32, width=64, seed=7)
@@ -127,6 +130,18 @@ def test_a_folder_is_not_mixed_from_two_configurations(tmp_path: Path, capsys: p
     assert "another seed" in capsys.readouterr().err
     (tmp_path / "rendered_train.json").write_text("{")
     assert main(["render", str(tmp_path), "--samples", "1", *SMALL, "--workers", "0"]) == 2
+
+
+def test_it_goes_on_on_another_device(tmp_path: Path) -> None:
+    size = ["render", str(tmp_path), "--height", "32", "--width", "48", "--workers", "0"]
+    assert main([*size, "--samples", "1", "--option", "device=auto"]) == 0
+    assert main([*size, "--samples", "2"]) == 0
+
+
+def test_a_process_that_the_system_ends_is_told_of() -> None:
+    message = r"ended by the system.*fewer --workers \(now 1\) goes on"
+    with pytest.raises(InputError, match=message), render._mapped(partial(os._exit), [3], 1) as done:
+        list(done)
 
 
 def test_an_unusable_output_folder_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -315,8 +315,10 @@ def test_all_negative_maps_are_negated() -> None:
     np.testing.assert_array_equal(clean_disparity(values), [[4, 2.5, 0, np.inf]])
 
 
-def test_map_without_any_ground_truth_is_all_inf() -> None:
-    assert np.isposinf(clean_disparity(np.array([[np.nan, np.inf, -np.inf]], np.float32))).all()
+@pytest.mark.parametrize("values", [[np.nan, np.inf, -np.inf], [-1, -1, -1], [-1, np.inf, -1]])
+def test_map_without_any_ground_truth_is_all_inf(values: list[float]) -> None:
+    """One negative value throughout is how some write that nothing is known."""
+    assert np.isposinf(clean_disparity(np.array([values], np.float32))).all()
 
 
 def test_kitti_disparity_is_value_over_256_and_zero_is_unknown(tmp_path: Path) -> None:

@@ -179,6 +179,26 @@ def test_processes_that_fail_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     pairs.close()
 
 
+def test_a_process_that_the_system_ends_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    others = set(multiprocessing.active_children())
+    many = RenderConfig(height=32, width=64, samples=100_000, max_disparity=32, max_shapes=12)
+    pairs = RenderedPool([RenderedPairs(many)], workers=1)
+    try:
+        (process,) = set(multiprocessing.active_children()) - others
+        process.kill()
+        until = time.monotonic() + 60
+        while not pairs._failed.all() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert pairs._failed.all()
+        assert "a process that renders pairs was ended by signal 9" in caplog.text
+        assert "still rendering: 0" in caplog.text
+        pairs._ready[:] = 0  # as if it had been ended before its first pair
+        with pytest.raises(InputError, match=r"data\.render_workers: no pair was rendered"):
+            pairs[0]
+    finally:
+        pairs.close()
+
+
 def test_nothing_rendered_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_PATIENCE_SECONDS", 0.1)
     pairs = RenderedPool([RenderedPairs(EASY)], workers=0)
