@@ -557,7 +557,8 @@ class TrainerConfig:
         init_from: Weights to start from, a bundled name (``small``, ``full``) or a file; what matches is loaded, and
             the rest is reported.
         resume: Checkpoint to go on from; ``auto`` takes ``last.pt`` of the output folder if there is one. So does a
-            checkpoint of another folder, of which that is the continuation.
+            checkpoint of another folder, of which that is the continuation; one of the output folder itself is gone
+            back to every time.
         plateau_alarm_steps: Warn if the loss has not fallen over so many steps; 0 is off.
     """
 

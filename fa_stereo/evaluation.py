@@ -555,11 +555,11 @@ def compare(
                 f"{Path(where) / PER_IMAGE_FILE}: {len(missing)} images of the other evaluation are not there, "
                 f"first {missing[0]!r}; compare evaluations of the same images"
             )
-    other = next((name for name in a if areas_a[name] != areas_b[name]), None)
-    if other is not None:
+    unlike = next((name for name in a if areas_a[name] != areas_b[name]), None)
+    if unlike is not None:
         raise InputError(
             f"{folder_a} and {folder_b} are evaluations of different images: height, width and pixels that count "
-            f"of {other!r} are {', '.join(areas_a[other])} in one and {', '.join(areas_b[other])} in the other"
+            f"of {unlike!r} are {', '.join(areas_a[unlike])} in one and {', '.join(areas_b[unlike])} in the other"
         )
     pairs = np.array([(a[name], b[name]) for name in a], np.float64).reshape(-1, 2)
     measured = pairs[np.isfinite(pairs).all(axis=1)]
@@ -643,8 +643,6 @@ def _read_source(path: Path) -> tuple[ProtocolConfig, dict[str, Any] | None]:
         if dataset is None:
             return protocol, None
         images = {"dataset.kind": dataset["kind"]}
-        if dataset["kind"] == "scene_flow":  # whose passes are called alike
-            images["dataset.scene_flow.passes"] = dataset.get("scene_flow", {}).get("passes")
         if dataset["kind"] == "rendered":  # of which the same names can be other pictures
             rendered = flatten({**to_plain(RenderConfig()), **dataset["rendered"]}, "dataset.rendered.")
             images |= {k: v for k, v in rendered.items() if k.rpartition(".")[2] not in ("samples", "device")}

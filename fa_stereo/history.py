@@ -67,7 +67,7 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or not isinstance(line.get("step"), int) or line["step"] <= before:
             raise InputError(
                 f"{path}, line {number}: not a line of a run's history (a JSON object with a growing step); "
-                "restore the file, or remove it: a resumed run begins a new one"
+                "restore the file, or remove it: a resumed run has it in its checkpoint"
             )
         lines.append(line)
     return lines

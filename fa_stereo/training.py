@@ -60,10 +60,11 @@ from fa_stereo.errors import InputError
 from fa_stereo.evaluation import evaluate, network_predictor
 from fa_stereo.export import find_record, training_record
 from fa_stereo.files import save_atomically, sole_use
-from fa_stereo.history import History
+from fa_stereo.history import FILE_NAME, History
 from fa_stereo.inference import choose_device
 from fa_stereo.losses import StereoLoss
 from fa_stereo.machine import describe_device
+from fa_stereo.memory import is_out_of_memory
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_matching_weights, read_torch_file, save_weights
 from fa_stereo.models.optimized import computes_in_hardware, prepare_for_training
@@ -204,7 +205,8 @@ class Trainer:
 
         Raises:
             TrainingError: The loss is no longer finite, or a checkpoint cannot be written.
-            InputError: A training pair cannot be read.
+            InputError: A training pair cannot be read, another process uses the folder, or a validation is out of
+                memory.
         """
         minutes = self.settings.max_minutes
         length = f"{self.total_steps}"
@@ -234,15 +236,19 @@ class Trainer:
                 if self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(self.device)
                 log = TrainingLog(self.output_dir, self.step, self.expected_steps)
-                held.callback(log.close)
-            with StopRequest() as stop, logging_redirect_tqdm():
-                finished = self._loop(log, stop)
+            try:
+                with StopRequest() as stop, logging_redirect_tqdm():
+                    finished = self._loop(log, stop)
+            finally:
+                if log:
+                    log.close()
             for pool in pools:
                 self._tell("%d of %d pairs were rendered", pool.rendered, len(pool))
             if finished:
                 self._export()
         if not finished:
-            self._tell("stopped at step %d; the same command with output_dir=%s goes on", self.step, self.output_dir)
+            again = f"output_dir={self.output_dir}" + (" resume=auto" if self.settings.resume != "auto" else "")
+            self._tell("stopped at step %d; the same command with %s goes on", self.step, again)
         return TrainingResult(self.step, finished, self.output_dir, self.validation, self.best)
 
     def _loop(self, log: TrainingLog | None, stop: StopRequest) -> bool:
@@ -481,9 +487,15 @@ class Trainer:
             self.validation = self.validate(stop)
         except _StoppedInValidation:
             return False
-        except Exception:
-            if distributed.world_size() == 1:  # a bad validation pair or a lack of memory shall not cost the training
+        except Exception as error:
+            # A bad validation pair or a lack of memory shall not cost the training so far.
+            if distributed.world_size() == 1 and self.step > self.saved_step:
                 self._save("last.pt")
+            if is_out_of_memory(error):
+                raise InputError(
+                    f"out of memory in the validation after step {self.step}: give data.validation smaller pictures, "
+                    "or leave it out with data.validation=null; the training so far is in last.pt"
+                ) from error
             raise
         finally:
             self._train_mode()
@@ -592,6 +604,10 @@ class Trainer:
                     "what was there before is untouched: make room and start the same command again"
                 ) from error
         self.saved_step = self.step
+        self.saved_at = _modification_time(self.output_dir / "last.pt")
+
+    def _is_in_output_dir(self, path: Path) -> bool:
+        return path.resolve().parent == self.output_dir.resolve()
 
     def _facts(self) -> dict[str, Any]:
         """Return what the record of the weights is made from, see ``fa_stereo.export``."""
@@ -610,13 +626,14 @@ class Trainer:
 
     def _find_checkpoint(self) -> Path | None:
         last = self.output_dir / "last.pt"
+        named = Path(self.settings.resume or "auto")
         # Only the first process looks: on several nodes the others may not see its disk yet.
-        begun = distributed.broadcast_object(last.is_file())
+        self.saved_at = _modification_time(last)
+        begun, own = distributed.broadcast_object((self.saved_at is not None, self._is_in_output_dir(named)))
         if self.settings.resume == "auto":
             return last if begun else None
         if self.settings.resume is not None:
-            named = Path(self.settings.resume)
-            if not begun or named.resolve().parent == self.output_dir.resolve():  # that is going back
+            if not begun or own:  # that is going back
                 return named
             self._tell("%s is there already: going on from it, not from %s", last, named)
             return last
@@ -655,10 +672,11 @@ class Trainer:
         self.validated_step = state["validated_step"]
         self.validation, self.best = state["validation"], state["best"]
         self.lines = state.get("history", [])
-        if "model.regression" in changed or any(key.startswith("data.validation.") for key in changed):
-            self.best = {}  # what is validated is another prediction, or other pairs: errors cannot be compared
-        elif path.resolve().parent != self.output_dir.resolve():
+        if not distributed.broadcast_object(self._is_in_output_dir(path)):
             self.best = {}  # its weights are not in this folder
+        elif self.best and any(_changes_validation(key) for key in changed):
+            self.best = {}  # errors cannot be compared
+            self._tell("resuming with another validation: the best so far does not count")
         self.seconds, self.started_from = state.get("seconds"), state.get("started_from")
         self.seconds_in_steps = state.get("seconds_in_steps", self.seconds or 0.0)  # older checkpoints do not have it
         self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
@@ -720,14 +738,19 @@ class Trainer:
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(sole_use(self.output_dir))
+            if _modification_time(self.output_dir / "last.pt") != self.saved_at:
+                raise InputError(
+                    f"{self.output_dir}: another process has just trained on here: start the same command again"
+                )
             self._write_metrics()  # tells now, not at the first checkpoint, that nothing can be written
         except OSError as error:
             raise InputError(
                 f"{self.output_dir}: cannot be written ({error.strerror or error}): "
                 "make room or choose another output_dir"
             ) from error
-        for half_written in self.output_dir.glob(".*.tmp"):  # by a process that was killed
-            half_written.unlink()
+        for name in ("*.pt", "metrics.json", FILE_NAME, "weights.safetensors"):
+            for half_written in self.output_dir.glob(f".{name}.*.tmp"):  # by a process that was killed
+                half_written.unlink()
 
     def _write_metrics(self) -> None:
         if not self.is_first:
@@ -813,6 +836,16 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
     fused = all(parameter.is_cuda for parameter in parameters) or None
     return kind(parameters, rate, (config.betas[0], config.betas[1]), weight_decay=decay, fused=fused)
+
+
+def _modification_time(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _changes_validation(key: str) -> bool:
+    """Tell whether another value of this key makes other errors of the same weights."""
+    harmless = "device", "cache_index", "layout"  # where pairs are rendered, or how they are found
+    return key == "model.regression" or (key.startswith("data.validation.") and not key.endswith(harmless))
 
 
 def _split_batch(batch: Batch, size: int | None) -> list[Batch]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fa_stereo.config import DatasetConfig, ModelConfig, ProtocolConfig, RenderConfig, SceneFlowConfig, to_plain
+from fa_stereo.config import DatasetConfig, ModelConfig, ProtocolConfig, RenderConfig, to_plain
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
@@ -480,12 +480,6 @@ def test_pictures_of_one_name_are_not_always_the_same(tmp_path: Path) -> None:
     kitti = [run(kind, kind=kind, root="/data") for kind in ("kitti2012", "kitti2015")]
     with pytest.raises(InputError, match=r"dataset\.kind is kitti2012 in one and kitti2015"):
         compare(*kitti)
-    passes = [
-        run(name, kind="scene_flow", root="/data", scene_flow=SceneFlowConfig(passes=name))
-        for name in ("clean", "final")
-    ]
-    with pytest.raises(InputError, match=r"dataset\.scene_flow\.passes is clean in one and final"):
-        compare(*passes)
 
 
 def test_pictures_of_one_name_and_another_size(two_runs: tuple[Path, Path]) -> None:

@@ -167,7 +167,7 @@ def test_a_run_leaves_its_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith("events")}
     assert names == {
         "last.pt", "best.pt", "step_0000005.pt", "step_0000010.pt", "weights.safetensors", "metrics.json",
-        "history.jsonl",
+        "history.jsonl", ".lock",
     }  # fmt: skip
 
 

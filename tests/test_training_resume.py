@@ -225,9 +225,27 @@ def test_a_lack_of_memory_in_validation_does_not_either(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(fa_stereo.training, "evaluate", exhausted)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(InputError, match=r"in the validation after step 1: give data\.validation smaller"):
         trainer.run()
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+    # Before the first step there is nothing to save, and the next command may begin with other weights.
+    fresh = tmp_path / "fresh"
+    changes = {"data__validation": DatasetConfig("pairs", str(pairs)), "trainer__validate_at_start": True}
+    with pytest.raises(InputError, match="out of memory in the validation after step 0"):
+        Trainer(tiny_config(pairs, fresh, **changes)).run()
+    assert not (fresh / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "trainer.device must be auto, cpu, cuda or cuda:N, got 'gpu'"), ("cuda:x", "got 'cuda:x'")],
+)
+def test_devices(pairs: Path, tmp_path: Path, device: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_config(pairs, tmp_path, trainer__device=device)
+    absent = tiny_config(pairs, tmp_path, trainer__device="cuda:99")
+    with pytest.raises(InputError, match=r"trainer\.device=cuda:99, but PyTorch finds no|'cuda:99' is not there"):
+        Trainer(absent)
 
 
 def test_a_run_that_went_on_from_elsewhere_goes_on_itself(
@@ -280,7 +298,10 @@ def test_two_runs_cannot_share_a_folder(pairs: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "metrics.json").exists()
         holder.kill()
         holder.wait()
+    late = Trainer(tiny_config(pairs, tmp_path, trainer__epochs=1))
     assert trainer.run().finished
+    with pytest.raises(InputError, match="another process has just trained on here"):
+        late.run()
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

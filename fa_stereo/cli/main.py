@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fa-stereo {name}: {describe(error)}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        reason = describe_lack(error, training=name == "train")
+        reason = describe_lack(error, name)
         if reason is None or os.environ.get("FA_STEREO_DEBUG"):
             raise
         print(f"fa-stereo {name}: {reason}", file=sys.stderr)
@@ -86,20 +86,24 @@ def describe(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def describe_lack(error: Exception, *, training: bool = False) -> str | None:
+MORE_MEMORY = {
+    "train": "lower trainer.micro_batch_size or data.augmentation.crop_height and crop_width, or set "
+    "trainer.activation_checkpointing=true",
+    "evaluate": "compute bands of rows (tile=64), or take another device",
+}
+"""What makes do with less memory, by command."""
+
+
+def describe_lack(error: Exception, command: str) -> str | None:
     """Return one sentence for an error that a lack of memory has led to, None for any other."""
     from fa_stereo.memory import is_out_of_memory
 
     if is_out_of_memory(error):
-        remedy = "take smaller pictures, or another device"
-        if training:
-            remedy = (
-                "lower trainer.micro_batch_size or data.augmentation.crop_height and crop_width, or set "
-                "trainer.activation_checkpointing=true"
-            )
-        return f"out of memory ({' '.join(str(error).split()) or 'nothing left to allocate'}): {remedy}"
+        lines = str(error).strip().splitlines() or ["nothing is left to allocate"]
+        reason = lines[-1] if lines[0].startswith("Caught") else lines[0]  # a loader process's comes with its traceback
+        return f"out of memory ({reason}): {MORE_MEMORY.get(command, 'take smaller pictures, or another device')}"
     if str(error).startswith("DataLoader worker"):  # all that PyTorch says by: one has no exception type of its own
-        key = "data.workers" if training else "workers"
+        key = "data.workers" if command == "train" else "workers"
         return (
             "a process that loads pairs was ended by the system, for want of memory or of room in /dev/shm perhaps: "
             f"lower {key} (0 loads them in the process itself)"

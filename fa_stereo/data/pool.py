@@ -68,7 +68,8 @@ class RenderedPool(Dataset[StereoSample]):
         processes: list[BaseProcess] = []
         # Unlike weakref's, before multiprocessing waits for its daemons at exit: these ignore what it sends them.
         closing = threading.Event()
-        self._finalize: Finalize[None] | None = Finalize(self, _end, (processes, closing), exitpriority=10)
+        watcher = threading.Thread(target=_watch, args=(processes, self._failed, closing), daemon=True)
+        self._finalize: Finalize[None] | None = Finalize(self, _end, (processes, closing, watcher), exitpriority=10)
         self._failed[len(self._pairs) :] = 1  # they have nothing to render
         # By the processes, which inherit it: Ctrl-C and a scheduler's SIGTERM to all are this one's business.
         with interrupts_ignored(signal.SIGINT, signal.SIGTERM):
@@ -77,7 +78,7 @@ class RenderedPool(Dataset[StereoSample]):
                 process = context.Process(target=_render, args=arguments, daemon=True)
                 process.start()
                 processes.append(process)
-        threading.Thread(target=_watch, args=(processes, self._failed, closing), daemon=True).start()
+        watcher.start()
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -241,14 +242,16 @@ def _watch(processes: Sequence[BaseProcess], failed: NDArray[np.uint8], closing:
             processes[worker].join()
             code = processes[worker].exitcode
             if code:
-                failed[worker] = 1
                 how = f"was ended by signal {-code}, for want of memory perhaps" if code < 0 else "failed, see above"
                 logger.warning("a process that renders pairs %s; still rendering: %d", how, len(running))
+                failed[worker] = 1
 
 
-def _end(processes: Sequence[BaseProcess], closing: threading.Event) -> None:
+def _end(processes: Sequence[BaseProcess], closing: threading.Event, watcher: threading.Thread) -> None:
     closing.set()
     for process in processes:
         process.kill()
+    if watcher.is_alive() and watcher is not threading.current_thread():
+        watcher.join()  # else both might wait for the same process
     for process in processes:
         process.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import subprocess
@@ -16,7 +17,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from fa_stereo.cli.main import main
+from fa_stereo.cli.main import COMMANDS, main
 
 
 @pytest.fixture
@@ -309,6 +310,7 @@ def test_a_file_for_many_results(pair: tuple[Path, Path], refused: Callable[...,
         (["--precision", "int8"], "int8"),
         (["--max-disparity", "100"], "multiple of 16"),
         (["--device", "gpu"], "gpu"),
+        (["--left-right", "-1"], "--left-right must be zero or more pixels, got -1"),
     ],
 )
 def test_option_values(
@@ -318,6 +320,58 @@ def test_option_values(
     arguments = ["predict", *map(str, pair), "-o", str(tmp_path / "out"), "--checkpoint", str(checkpoint), *options]
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "command", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            "train",
+            "(CUDA out of memory. Tried): lower trainer",
+        ),
+        (MemoryError(), "evaluate", "(nothing is left to allocate): compute bands of rows (tile=64)"),
+        (
+            RuntimeError("Caught MemoryError in x.\n  Traceback\nstd::bad_alloc"),
+            "demo",
+            "(std::bad_alloc): take smaller",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "train", "lower data.workers (0"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "evaluate", "lower workers (0"),
+    ],
+)
+def test_a_lack_of_memory_is_one_sentence(
+    error: Exception, command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: list[str]) -> int:
+        raise error
+
+    module = importlib.import_module(COMMANDS[command][0])
+    monkeypatch.setattr(module, "main", fail)
+    assert main([command]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    monkeypatch.setenv("FA_STEREO_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main([command])
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: list[str]) -> int:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(importlib.import_module(COMMANDS["demo"][0]), "main", fail)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["demo"])
+
+
+@pytest.mark.parametrize("name", ["disparity.exr", "disparity.JPG", "disparity.npz"])
+def test_a_file_of_another_format(
+    pair: tuple[Path, Path], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", *map(str, pair), "-o", str(tmp_path / name)]) == 2
+    assert f"{name}: a result can be written as .png, .pfm, .npy or .ply" in capsys.readouterr().err
 
 
 def test_bundled_weights_that_do_not_exist(

@@ -193,6 +193,9 @@ def test_sgbm_pictures_and_comparison(repository: Path, scene_flow: Path, tmp_pa
         (["protocol.max_disparty=100"], "did you mean protocol.max_disparity?"),
         (["method=sgbm", "checkpoint=x"], "method=sgbm has no weights"),
         (["method=sgbm", "confidence=true"], "method=sgbm has no confidence"),
+        (["method=sgbm", "tile=16"], "method=sgbm computes whole pictures"),
+        (["tile=20"], "tile must be a positive multiple of 16, got 20"),
+        (["max_disparity=0"], "max_disparity must be a positive multiple of 16, got 0"),
         (["dataset=kitti2015", "dataset.root=/nowhere/kitti"], "/nowhere/kitti"),
         (["dataset=kitti2015"], "dataset.root"),
         (

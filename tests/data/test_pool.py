@@ -181,7 +181,7 @@ def test_processes_that_fail_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_process_that_the_system_ends_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     others = set(multiprocessing.active_children())
-    many = RenderConfig(height=32, width=64, samples=100_000, max_disparity=32, max_shapes=12)
+    many = RenderConfig(height=32, width=64, samples=2000, max_disparity=32, max_shapes=12)
     pairs = RenderedPool([RenderedPairs(many)], workers=1)
     try:
         (process,) = set(multiprocessing.active_children()) - others
