@@ -487,15 +487,15 @@ class Trainer:
             self.validation = self.validate(stop)
         except _StoppedInValidation:
             return False
-        except Exception as error:
+        except Exception as cause:
             # A bad validation pair or a lack of memory shall not cost the training so far.
             if distributed.world_size() == 1 and self.step > self.saved_step:
                 self._save("last.pt")
-            if is_out_of_memory(error):
+            if is_out_of_memory(cause):
                 raise InputError(
                     f"out of memory in the validation after step {self.step}: give data.validation smaller pictures, "
                     "or leave it out with data.validation=null; the training so far is in last.pt"
-                ) from error
+                ) from cause
             raise
         finally:
             self._train_mode()

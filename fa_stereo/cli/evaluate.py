@@ -94,10 +94,11 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict, dict[str, Any]]:
         model.set_max_disparity(config.max_disparity)
 
     def build(computed_in: str = "fp32") -> Predict:
-        network: Callable[..., Any] = optimize_for_inference(model, computed_in)
+        network = optimize_for_inference(model, computed_in)
+        compute: Callable[..., Any] = network
         if config.tile is not None:
-            network = partial(predict_in_bands, network, band_height=config.tile)
-        return network_predictor(network, device, confidence=config.confidence)
+            compute = partial(predict_in_bands, network, band_height=config.tile)
+        return network_predictor(compute, device, confidence=config.confidence)
 
     predict = build(precision)
     if precision != "fp32":

@@ -328,14 +328,13 @@ def read_disparity(path: str | Path) -> NDArray[np.float32]:
 def clean_disparity(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return [H, W] with positive sign and with inf for every pixel without ground truth.
 
-    A map with several negative values and no positive one has the opposite sign throughout, as in the DispNet subset
-    of Scene Flow, and is negated. Elsewhere NaN, -inf and negative values mean that nothing is known.
+    A map without any positive value has the opposite sign throughout, as in the DispNet subset of Scene Flow, and is
+    negated, unless it is -1 throughout. Elsewhere NaN, -inf and negative values mean that nothing is known.
     """
     finite = np.isfinite(values)
     if finite.all() and values.min() >= 0:
         return values
-    negative = values[finite & (values < 0)]
-    if not (values[finite] > 0).any() and len(negative) and negative.min() < negative.max():
+    if not (values[finite] > 0).any() and not (values[finite] == -1).all():
         values = np.where(finite, -values, values)
     return np.where(finite & (values >= 0), values, np.float32(np.inf)).astype(np.float32)
 

@@ -259,7 +259,8 @@ def test_pixels_that_the_other_view_contradicts(tmp_path: Path, checkpoint: Path
     tolerance = 0.05  # a network that was not trained agrees with itself by chance
     expected = np.full_like(own, np.inf)
     for y, x in np.ndindex(*own.shape):
-        match = round(float(x - own[y, x] if view == "left" else x + own[y, x]))
+        # The right view is mirrored, so that of two columns as near the other one is taken.
+        match = round(float(x - own[y, x])) if view == "left" else 63 - round(float(63 - x - own[y, x]))
         if 0 <= match < own.shape[1] and abs(own[y, x] - other[y, match]) <= tolerance:
             expected[y, x] = own[y, x]
     out = tmp_path / "out.npy"

@@ -317,7 +317,7 @@ def test_all_negative_maps_are_negated() -> None:
 
 @pytest.mark.parametrize("values", [[np.nan, np.inf, -np.inf], [-1, -1, -1], [-1, np.inf, -1]])
 def test_map_without_any_ground_truth_is_all_inf(values: list[float]) -> None:
-    """One negative value throughout is how some write that nothing is known."""
+    """-1 is how some write that nothing is known."""
     assert np.isposinf(clean_disparity(np.array([values], np.float32))).all()
 
 
