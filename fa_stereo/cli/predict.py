@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fa_stereo.cli.cameras import Cameras, add_camera_arguments
+from fa_stereo.cli.options import parse_names
 from fa_stereo.config import REGRESSIONS
 from fa_stereo.errors import InputError, RangeError
 from fa_stereo.weights import list_weights
@@ -200,11 +201,7 @@ def parse_formats(text: str) -> tuple[str, ...]:
     Raises:
         InputError: One is unknown, or none is given.
     """
-    names = tuple(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if name not in FORMATS]
-    if unknown or not names:
-        raise InputError(f"--formats takes any of {','.join(FORMATS)}, got {unknown[0] if unknown else text!r}")
-    return names
+    return parse_names(text.lower(), FORMATS, "--formats")
 
 
 def output_paths(folder: Path, name: str, formats: tuple[str, ...]) -> dict[Path, str]:
