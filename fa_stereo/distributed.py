@@ -116,6 +116,11 @@ def _synchronized(norm: nn.modules.batchnorm._BatchNorm, device: torch.device) -
     return result.train(norm.training)
 
 
+def is_synchronized(norm: nn.Module) -> bool:
+    """Tell whether a batch norm takes its statistics over the batches of all processes."""
+    return isinstance(norm, (SynchronizedBatchNorm, nn.SyncBatchNorm))
+
+
 class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batches of all processes, in plain PyTorch, for any device that can all-reduce.
 

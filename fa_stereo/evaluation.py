@@ -342,8 +342,8 @@ class EvaluationResult:
         return sum(image.regions["all"].pixels for image in self.per_image if not image.skipped)
 
     def worst(self, count: int) -> list[ImageErrors]:
-        """Return the images with the largest end-point error, the worst first; those without valid pixels never."""
-        measured = [image for image in self.per_image if not math.isnan(image.mean("end_point_error"))]
+        """Return the images with the largest end-point error, the worst first; skipped and empty ones never."""
+        measured = [i for i in self.per_image if not (i.skipped or math.isnan(i.mean("end_point_error")))]
         return sorted(measured, key=lambda image: (-image.mean("end_point_error"), image.index))[:count]
 
     def to_plain(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fa_stereo.models.batch_norm import reestimate_batch_norm
 from fa_stereo.models.checkpoint import is_torch_file, load_model, read_record, read_torch_file, save_weights
 from fa_stereo.models.psmnet import PSMNet
 from fa_stereo.sampling import StepSampler, TrainingStream, make_loader
-from fa_stereo.weights import find_checkpoint
+from fa_stereo.weights import WEIGHT_NAMES, find_weights
 
 _NEEDED = {"model_config", "model", "config", "step", "samples", "validation"}
 _CURVE = ("step", "end_point_error", "bad_1", "bad_3")
@@ -103,7 +103,6 @@ def export_weights(
     dtype: torch.dtype = torch.float16,
     regression: str | None = None,
     average_with: str | Path | None = None,
-    add_difference: tuple[str | Path, str | Path] | None = None,
     batch_norm_pairs: int = 0,
     batch_size: int = 8,
     data_root: str | None = None,
@@ -121,9 +120,6 @@ def export_weights(
             record's validation figures stay those of the run.
         average_with: Other weights of the same network, a bundled name or a file, those that the run started from for
             example: the mean of both is written (Wortsman et al. 2022, "Model soups"), of batch norm's statistics too.
-        add_difference: Later and earlier weights of the same network: what was learnt between them is added (Ilharco et
-            al. 2023, "Editing Models with Task Arithmetic"), after averaging. The run must go on from weights near the
-            earlier ones, for otherwise its channels mean something else.
         batch_norm_pairs: Estimate batch norm's statistics anew over so many samples of the run's own training data,
             cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training.
         batch_size: Samples of a batch for that.
@@ -151,12 +147,9 @@ def export_weights(
         raise InputError(f"{checkpoint}: not a training checkpoint (no {missing[0]!r}): name the last.pt of a run")
     record = training_record(state)
     if average_with is not None:
-        average_weights(model, _load(average_with, device), str(average_with))
-        record["averaged_with"] = _origin(average_with)
-    if add_difference is not None:
-        later, earlier = add_difference
-        add_weights(model, _load(later, device), _load(earlier, device), f"{later}, {earlier}")
-        record["added_difference"] = {"of": _origin(later), "less": _origin(earlier)}
+        file = find_weights(average_with) if average_with in WEIGHT_NAMES else Path(average_with)
+        average_weights(model, load_model(file, device), str(average_with))
+        record["averaged_with"] = {key: find_record(file).get(key) for key in ("steps", "samples_seen_in_all")}
     if batch_norm_pairs:
         data = from_plain(DataConfig, state["config"]["data"], where=f"{checkpoint}: data")
         if data_root is not None:
@@ -195,50 +188,16 @@ def average_weights(model: PSMNet, other: PSMNet, name: str) -> None:
     Raises:
         InputError: It is another network.
     """
-    _check_same_network(model, other, f"{name}: cannot be averaged with")
+    own, others = (to_plain(network.config) for network in (model, other))
+    different = [key for key in own if key not in ("max_disparity", "regression") and own[key] != others[key]]
+    if different:
+        raise InputError(
+            f"{name}: cannot be averaged with these weights: its model.{different[0]} is another; leave it out"
+        )
     averaged = other.state_dict()
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point():  # not batch norm's counters
             tensor.add_(averaged[key]).div_(2)
-
-
-@torch.no_grad()
-def add_weights(model: PSMNet, later: PSMNet, earlier: PSMNet, names: str) -> None:
-    """Add to the weights of a network what another has learnt between two points of its training.
-
-    Args:
-        model: The network.
-        later: One of the same configuration, but for the disparities searched and the regression.
-        earlier: What ``later`` was before.
-        names: Of both, for the error message.
-
-    Raises:
-        InputError: They are other networks.
-    """
-    for other in (later, earlier):
-        _check_same_network(model, other, f"{names}: cannot be added to")
-    added, subtracted = later.state_dict(), earlier.state_dict()
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.add_(added[key] - subtracted[key])
-            if key.endswith("running_var"):
-                tensor.clamp_(min=0)
-
-
-def _check_same_network(model: PSMNet, other: PSMNet, refusal: str) -> None:
-    own, others = (to_plain(network.config) for network in (model, other))
-    different = [key for key in own if key not in ("max_disparity", "regression") and own[key] != others[key]]
-    if different:
-        raise InputError(f"{refusal} these weights: its model.{different[0]} is another; leave it out")
-
-
-def _load(weights: str | Path, device: torch.device | str) -> PSMNet:
-    return load_model(find_checkpoint(weights, torch.device("cpu")), device)
-
-
-def _origin(weights: str | Path) -> dict[str, Any]:
-    record = find_record(find_checkpoint(weights, torch.device("cpu")))
-    return {key: record.get(key) for key in ("steps", "samples_seen_in_all")}
 
 
 def training_batches(

@@ -48,7 +48,9 @@ class StereoCalibration:
     def resized(self, scale_x: float, scale_y: float) -> StereoCalibration:
         """Return the calibration for pictures whose width and height were multiplied by these factors.
 
-        Pixel centres have integer coordinates, so the principal point moves by half a pixel less than the edges.
+        The focal length is that of the columns, by which depth goes; where the factors differ, that of the rows would
+        be another. Pixel centres have integer coordinates, so the principal point moves by half a pixel less than the
+        edges.
         """
         return StereoCalibration(
             focal_length_px=self.focal_length_px * scale_x,

@@ -172,8 +172,10 @@ class DisparityPredictor:
             raise InputError(f"the scale must be positive, got {scale}")
         if band_height is not None and (band_height <= 0 or band_height % 16):
             raise InputError(f"the rows of a tile must be a positive multiple of 16, got {band_height}")
-        if memory_gb is not None and not memory_gb > 0:
+        if memory_gb is not None and not 0 < memory_gb < math.inf:
             raise InputError(f"the memory must be a positive number of GB, got {memory_gb}")
+        if memory_gb is not None and band_height is not None:
+            raise InputError("either the memory or the rows of a tile are given, as one follows from the other")
         if cuda_graph and band_height is not None:
             raise InputError("a CUDA graph is of whole pictures: leave out cuda_graph or band_height")
         if not computes_in_hardware(self.precision, self.device):

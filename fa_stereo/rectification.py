@@ -52,6 +52,7 @@ class PairJudgement:
         aligned_ratio: Matches explained by "no difference" over matches explained by the fit.
         moved: Number of those on the fit whose columns clearly differ.
         swapped_share: Share of these with negative disparity.
+        scale: Size of the pictures that were compared, by that of the pair; pixels, above, are theirs.
     """
 
     matches: int
@@ -61,6 +62,7 @@ class PairJudgement:
     aligned_ratio: float
     moved: int
     swapped_share: float
+    scale: float = 1.0
 
     @property
     def looks_unrectified(self) -> bool:
@@ -84,8 +86,8 @@ class PairJudgement:
         if self.looks_unrectified:
             sentences.append(
                 f"the pair looks unrectified: the heights of {self.matches} matched points differ by "
-                f"{self.misalignment_px:.1f} px (shift {self.vertical_shift_px:+.1f} px, tilt {self.tilt_degrees:+.1f} "
-                "degrees); rectify it with the calibration of the cameras first"
+                f"{self.misalignment_px / self.scale:.1f} px (shift {self.vertical_shift_px / self.scale:+.1f} px, "
+                f"tilt {self.tilt_degrees:+.1f} degrees); rectify it with the calibration of the cameras first"
             )
         return sentences
 
@@ -126,6 +128,7 @@ def judge_pair(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> PairJudgeme
         aligned_ratio=aligned / consistent,
         moved=len(moved),
         swapped_share=float(np.mean(moved < 0)) if len(moved) else 0.0,
+        scale=scale,
     )
 
 

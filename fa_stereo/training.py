@@ -488,13 +488,17 @@ class Trainer:
         except _StoppedInValidation:
             return False
         except Exception as cause:
-            # A bad validation pair or a lack of memory shall not cost the training so far.
-            if distributed.world_size() == 1 and self.step > self.saved_step:
+            # A bad validation pair, of which all processes hear, or a lack of memory shall not cost what was trained.
+            together = distributed.world_size() == 1 or isinstance(cause, (InputError, OSError))
+            if together and self.step > self.saved_step:
                 self._save("last.pt")
             if is_out_of_memory(cause):
+                kept = (
+                    f"last.pt holds the training up to step {self.saved_step}" if self.saved_step else "none is saved"
+                )
                 raise InputError(
                     f"out of memory in the validation after step {self.step}: give data.validation smaller pictures, "
-                    "or leave it out with data.validation=null; the training so far is in last.pt"
+                    f"or leave it out with data.validation=null; {kept}"
                 ) from cause
             raise
         finally:
@@ -609,6 +613,16 @@ class Trainer:
     def _is_in_output_dir(self, path: Path) -> bool:
         return path.resolve().parent == self.output_dir.resolve()
 
+    def _holds_best(self, checkpoint: Path) -> bool:
+        """Tell whether ``best.pt`` is the one that a checkpoint calls so."""
+        best = self.output_dir / "best.pt"
+        if not self.best or not self._is_in_output_dir(checkpoint) or not best.is_file():
+            return False
+        try:
+            return bool(read_torch_file(best).get("step") == self.best["step"])
+        except InputError:
+            return False
+
     def _facts(self) -> dict[str, Any]:
         """Return what the record of the weights is made from, see ``fa_stereo.export``."""
         return {
@@ -672,8 +686,8 @@ class Trainer:
         self.validated_step = state["validated_step"]
         self.validation, self.best = state["validation"], state["best"]
         self.lines = state.get("history", [])
-        if not distributed.broadcast_object(self._is_in_output_dir(path)):
-            self.best = {}  # its weights are not in this folder
+        if not distributed.broadcast_object(self.is_first and self._holds_best(path)):
+            self.best = {}  # its weights are not in this folder, or those of a run that went on from here are
         elif self.best and any(_changes_validation(key) for key in changed):
             self.best = {}  # errors cannot be compared
             self._tell("resuming with another validation: the best so far does not count")

@@ -336,6 +336,10 @@ def test_worst_images() -> None:
     assert len(errors) == 10  # one has no valid pixel
     assert errors == sorted(errors, reverse=True)
     assert len(result.worst(3)) == 3
+    kept = evaluate(brightness, Samples(), ProtocolConfig(name="gwcnet", min_valid_fraction=0.77))
+    skipped = {image.index for image in kept.per_image if image.skipped}
+    assert 1 < len(skipped) < 11
+    assert {image.index for image in kept.worst(11)} == set(range(11)) - skipped
 
 
 def test_the_table_names_protocol_counts_and_its_own_average() -> None:

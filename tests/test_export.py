@@ -89,35 +89,6 @@ def test_the_mean_with_other_weights(run: Path, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "d.safetensors").exists()
 
 
-def test_what_others_have_learnt_is_added(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Batch norm's statistics too, whose variances stay zero or more."""
-    names = [tmp_path / f"{name}.safetensors" for name in ("own", "later", "earlier", "sum")]
-    own, later, earlier, total = names
-    export_weights(run, own, dtype=torch.float32)
-    for file, change, record in ((later, 3.0, {"steps": 9}), (earlier, 1.0, {})):
-        other = load_model(own)
-        for name, tensor in other.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.add_(-change if name.endswith("running_var") else change)
-        save_weights(other, file, record)
-    arguments = ["-o", str(total), "--precision", "fp32", "--add-difference", str(later), str(earlier)]
-    assert main(["export-weights", str(run), *arguments]) == 0
-    record = read_record(total)["added_difference"]
-    assert record == {
-        "of": {"steps": 9, "samples_seen_in_all": None}, "less": {"steps": None, "samples_seen_in_all": None},
-    }  # fmt: skip
-    before, after = (load_model(file).state_dict() for file in (own, total))
-    for name, tensor in before.items():
-        if name.endswith("running_var"):
-            torch.testing.assert_close(after[name], (tensor - 2).clamp(min=0), msg=name)
-        else:
-            torch.testing.assert_close(after[name], tensor + 2 if tensor.is_floating_point() else tensor, msg=name)
-    total.unlink()
-    assert main(["export-weights", str(run), "-o", str(total), "--add-difference", str(later), "small"]) == 2
-    assert f"{later}, small: cannot be added to these weights" in capsys.readouterr().err
-    assert not total.exists()
-
-
 def test_the_file_describes_itself(run: Path, pairs: Path, tmp_path: Path) -> None:
     returned = export_weights(run, tmp_path / "w.safetensors", notes={"licence": "MIT"})
     record = read_record(tmp_path / "w.safetensors")

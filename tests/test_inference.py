@@ -230,6 +230,8 @@ def test_bands_change_nothing_visible(model: PSMNet) -> None:
         ({"band_height": 50}, "multiple of 16, got 50"),
         ({"memory_gb": 0}, "positive number of GB"),
         ({"memory_gb": 1e-6}, "even in the smallest bands"),
+        ({"memory_gb": float("inf")}, "positive number of GB, got inf"),
+        ({"memory_gb": 4, "band_height": 64}, "either the memory or the rows of a tile"),
     ],
 )
 def test_unusable_scales_and_bands(model: PSMNet, options: dict, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,13 @@ def test_large_pictures_are_reduced_first() -> None:
     judgement = judge_pair(left, right)
     assert judgement is not None
     assert judgement.warnings == []
+    judgement = judge_pair(left, np.roll(right, 40, axis=0))  # 16 of them in the reduced pictures
+    assert judgement is not None
+    assert judgement.vertical_shift_px == pytest.approx(16, abs=0.3)
+    (warning,) = judgement.warnings
+    shift = re.search(r"shift \+(\d+\.\d) px", warning)
+    assert shift is not None
+    assert float(shift[1]) == pytest.approx(40, abs=0.8)
 
 
 def test_nothing_is_said_where_little_matches() -> None:

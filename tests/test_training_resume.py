@@ -225,13 +225,15 @@ def test_a_lack_of_memory_in_validation_does_not_either(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(fa_stereo.training, "evaluate", exhausted)
-    with pytest.raises(InputError, match=r"in the validation after step 1: give data\.validation smaller"):
+    with pytest.raises(
+        InputError, match=r"in the validation after step 1: give data\.validation smaller.*up to step 1$"
+    ):
         trainer.run()
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
     # Before the first step there is nothing to save, and the next command may begin with other weights.
     fresh = tmp_path / "fresh"
     changes = {"data__validation": DatasetConfig("pairs", str(pairs)), "trainer__validate_at_start": True}
-    with pytest.raises(InputError, match="out of memory in the validation after step 0"):
+    with pytest.raises(InputError, match=r"out of memory in the validation after step 0.*; none is saved$"):
         Trainer(tiny_config(pairs, fresh, **changes)).run()
     assert not (fresh / "last.pt").exists()
 
@@ -484,6 +486,25 @@ def test_a_signal_loses_no_checkpoint_that_is_to_be_kept(
     assert (result.finished, result.step) == (False, 4)
     for name in ("last.pt", "step_0000002.pt", "step_0000004.pt"):
         assert (tmp_path / name).is_file(), name
+
+
+def test_the_best_of_a_branch_that_was_left_does_not_count(pairs: Path, tmp_path: Path) -> None:
+    """Going back before it, ``best.pt`` is written anew; going back behind it, it stays."""
+    validation = {"data__validation": {"kind": "pairs", "root": str(pairs)}, "trainer__validate_every_steps": 1}
+    changes = {**validation, "trainer__epochs": 4, "trainer__keep_every_steps": 2}
+    first = Trainer(tiny_config(pairs, tmp_path, **changes)).run()
+    kept = [int(path.stem[5:]) for path in sorted(tmp_path.glob("step_*.pt"))]
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["step"] == first.best["step"]
+    for step in kept:
+        file = tmp_path / f"step_{step:07d}.pt"
+        recorded = torch.load(file, weights_only=True)["best"]
+        trainer = Trainer(tiny_config(pairs, tmp_path, **changes, trainer__resume=str(file)))
+        assert trainer.best == (recorded if recorded.get("step") == best["step"] else {})
+    best["step"] = 1000  # as of a branch that went further
+    torch.save(best, tmp_path / "best.pt")
+    file = tmp_path / f"step_{kept[0]:07d}.pt"
+    assert Trainer(tiny_config(pairs, tmp_path, **changes, trainer__resume=str(file))).best == {}
 
 
 def test_the_micro_batch_may_change(pairs: Path, tmp_path: Path) -> None:

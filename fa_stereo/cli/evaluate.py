@@ -62,12 +62,13 @@ def run(config: EvaluateConfig) -> int:
     )
     result.notes[:0] = deviations(config)
     result.source = {**description, "dataset": to_plain(config.dataset), "fa_stereo": __version__}
+    if distributed.rank() == 0:  # first, as nothing that cannot be written may take it along
+        print(f"{_subject(description)} on {_describe_dataset(config.dataset)}")
+        print(result.table(), flush=True)
+        result.save(folder)
     pictures.write_worst(result)
     pictures.write_contact_sheet()
     if distributed.rank() == 0:
-        result.save(folder)
-        print(f"{_subject(description)} on {_describe_dataset(config.dataset)}")
-        print(result.table())
         print(f"\nwritten to {folder}")
     return 0
 
@@ -206,7 +207,7 @@ class PictureWriter:
         if image.errors.index in self.sheet:
             self.thumbnails[image.errors.index] = _thumbnails(image)
         error = image.errors.mean("end_point_error")
-        if self.count and error == error:  # NaN: no valid pixel
+        if self.count and error == error and not image.errors.skipped:  # NaN: no valid pixel
             heapq.heappush(self.worst, (error, -image.errors.index, image))
             if len(self.worst) > self.count:
                 heapq.heappop(self.worst)

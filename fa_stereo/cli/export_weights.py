@@ -43,11 +43,6 @@ def main(argv: list[str]) -> int:
         "run started from for example",
     )  # fmt: skip
     parser.add_argument(
-        "--add-difference", nargs=2, metavar=("LATER", "EARLIER"),
-        help="add what was learnt between two other sets of weights of the same network, the run having gone on from "
-        "the earlier of them",
-    )  # fmt: skip
-    parser.add_argument(
         "--reestimate-batch-norm",
         type=int,
         default=0,
@@ -85,7 +80,6 @@ def main(argv: list[str]) -> int:
         dtype=torch.float16 if arguments.precision == "fp16" else torch.float32,
         regression=arguments.regression,
         average_with=arguments.average_with,
-        add_difference=None if arguments.add_difference is None else tuple(arguments.add_difference),
         batch_norm_pairs=arguments.reestimate_batch_norm,
         batch_size=arguments.batch_size,
         data_root=arguments.data_root,

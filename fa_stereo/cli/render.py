@@ -95,6 +95,15 @@ def _record(root: Path, split: str, config: RenderConfig) -> None:
     settings = to_plain(config)
     del settings["samples"]  # more of the same may be added later
     known = read_settings(root, split)
+    if known is None and any(file.exists() for i in range(config.samples) for file in frame_files(root, split, i)):
+        raise InputError(
+            f"{root} holds {split} pairs that are not this command's ({settings_file(root, split).name} is missing "
+            "there): choose another output folder"
+        )
+    other_split = "TEST" if split == "TRAIN" else "TRAIN"
+    other = read_settings(root, other_split)
+    if other is not None and {**other, "device": config.device} == settings:
+        raise InputError(f"{root} holds these very pairs as {other_split} already: give another --seed")
     known = settings if known is None else known
     different = sorted(key for key in known | settings if known.get(key) != settings.get(key))
     if different and different != ["device"]:  # a scene is the same on every device

@@ -143,8 +143,8 @@ def _decode_picture(path: str | Path) -> NDArray[Any]:
     content = read_bytes(path)
     try:
         with Image.open(io.BytesIO(content), formats=_PILLOW_FORMATS) as image:
+            image.load()  # which turns a TIFF upright by itself
             orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
-            image.load()
             if image.format == "PNG" and not _png_is_whole(content):
                 raise InputError(f"{path}: a damaged picture (wrong checksum); fetch or save it again")
             if image.mode == "F":

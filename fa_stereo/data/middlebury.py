@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fa_stereo.data.formats import read_bytes, read_mask, read_scaled_disparity
+from fa_stereo.data.formats import read_bytes, read_scaled_disparity
 from fa_stereo.data.pairs import FileDataset, FrameFiles, few
 from fa_stereo.errors import InputError
 from fa_stereo.geometry import StereoCalibration
@@ -143,7 +143,10 @@ class Middlebury2006(FileDataset):
 
 
 class MiddleburyV2(FileDataset):
-    """The second evaluation's scenes: ``imL.png, imR.png, groundtruth.png, nonocc.png, all.png, info.txt``.
+    """The second evaluation's scenes: ``imL.png, imR.png, groundtruth.png, nonocc.png, info.txt``.
+
+    Non-occluded are the pixels of ``nonocc.png``, as in the benchmark. Which of the others it left out altogether, such
+    as a border, ``all.png`` would say; where there is ground truth they count as occluded here.
 
     The first line of ``info.txt`` is the divisor. The original archives' names (2001: ``im2.ppm, im6.ppm, disp2.pgm``;
     2003: the same as ``.png``) are read too; the well-known scenes' divisors are built in.
@@ -171,17 +174,6 @@ class MiddleburyV2(FileDataset):
     def read_disparity(self, path: str) -> NDArray[np.float32]:
         """Return the disparity, float32 [H, W], inf = no ground truth."""
         return read_scaled_disparity(path, self.divisors[path])
-
-    def read_occluded(self, path: str, disparity: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Return the evaluated pixels (``all.png``) that are not in ``nonocc.png``."""
-        occluded = super().read_occluded(path, disparity)
-        evaluated = Path(path).with_name("all.png")
-        if evaluated.is_file():
-            mask = read_mask(evaluated)
-            if mask.shape != occluded.shape:
-                raise InputError(f"{evaluated} and {path} differ in size: they do not belong together")
-            occluded &= mask == 255
-        return occluded
 
 
 def _choose(root: Path, choices: dict[str, Path], resolution: str | None) -> Path:

@@ -320,7 +320,7 @@ def _list_disparities(folder: Path) -> dict[str, Path] | None:
     if not folder.is_dir():
         return None
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names):
         if path.suffix.lower() not in DISPARITY_EXTENSIONS or path.name.startswith("."):
             continue
         key = path.relative_to(folder).with_suffix("").as_posix()

@@ -307,7 +307,8 @@ class _Painter:
         """Return the view's colours [H, W, 3].
 
         A pixel whose samples all see one surface takes the colour at its centre, which the prefiltered textures keep
-        free of aliasing; a pixel at an edge takes the mean over the other samples.
+        free of aliasing (on a steep surface in the left view alone, by whose pixels the filter's width is chosen); a
+        pixel at an edge takes the mean over the other samples.
         """
         size = disparity.shape  # [S, H, W]
         edge = (which[1:] != which[0]).any(dim=0).flatten()

@@ -156,7 +156,9 @@ def detect_layout(root: str | Path) -> str:
         if is_there
     ]
     if len(found) > 1:
-        raise InputError(f"{root} holds the layouts {' and '.join(found)}: say which by scene_flow.layout")
+        raise InputError(
+            f"{root} holds the layouts {' and '.join(found)}: say which by scene_flow.layout (check-data: --layout)"
+        )
     if found:
         return found[0]
     if pictures:
@@ -272,7 +274,7 @@ def _folders_of(
             other_pass = {"frames_cleanpass": "final", "frames_finalpass": "clean"}
             hint = next(
                 (
-                    f"take the other pass, which is there (scene_flow.passes={value}), "
+                    f"take the other pass, which is there (scene_flow.passes={value}; check-data: --passes {value}), "
                     for key, value in other_pass.items()
                     if name.endswith(key) and name.replace(key, f"frames_{value}pass") in inside
                 ),

@@ -1,8 +1,9 @@
 """Random tileable texture maps with the statistics of natural pictures, for the renderer.
 
 A map is uint8 [size, size, 4]: RGB, and a fine luminance grain of its own in the fourth channel. Maps are periodic in
-both directions and shapes look at them through random scales, rotations, offsets and colour changes, so a handful of
-maps dress a whole scene. Textures carry no ground truth, so OpenCV may draw here.
+both directions (but for scratches, letters and boxes, which end at the border), and shapes look at them through random
+scales, rotations, offsets and colour changes, so a handful of maps dress a whole scene. Textures carry no ground truth,
+so OpenCV may draw here.
 """
 
 from __future__ import annotations

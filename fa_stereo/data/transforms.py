@@ -56,7 +56,8 @@ class TrainingTransform:
     up at the bottom and at the right: pictures by their last row and column, disparity by inf (no ground truth).
 
     What cannot be kept true is left out of the result, for every sample alike: the occlusion mask if views may be
-    swapped, the right view's disparity if that view may be shifted vertically.
+    swapped, the right view's disparity if that view may be shifted vertically. (The mask is that of the whole views:
+    what crop and occluder hide besides is not in it.)
 
     Args:
         config: What to do; by default only the crop.
@@ -199,9 +200,10 @@ def _fill_up(sample: StereoSample, height: int, width: int) -> StereoSample:
 
 
 def _resize_picture(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    shrinks = height < picture.shape[0] or width < picture.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(np.ascontiguousarray(picture), (width, height), interpolation=method), dtype=np.uint8)
+    # one after the other, as OpenCV averages only where neither side grows
+    least = min(width, picture.shape[1]), min(height, picture.shape[0])
+    smaller = cv2.resize(np.ascontiguousarray(picture), least, interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(smaller, (width, height), interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
 
 
 def _resize_nearest(values: NDArray[Any], height: int, width: int) -> NDArray[Any]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fa_stereo import distributed
 from fa_stereo.attention import build_attention
 from fa_stereo.config import ModelConfig
 from fa_stereo.errors import InputError
@@ -80,7 +81,8 @@ class SpatialPyramidPooling(nn.Module):
         for size, branch in zip(self.POOL_SIZES, self.branches, strict=True):
             assert isinstance(branch, ConvNorm2d)
             pooled = F.avg_pool2d(x, (min(size, height), min(size, width)))  # [B, C, h/size, w/size]
-            if branch.norm.training and pooled.shape[0] * pooled.shape[2] * pooled.shape[3] == 1:
+            together = distributed.world_size() if distributed.is_synchronized(branch.norm) else 1
+            if branch.norm.training and together * pooled.shape[0] * pooled.shape[2] * pooled.shape[3] == 1:
                 raise InputError(
                     f"a training batch of one {4 * height}x{4 * width} crop leaves a single value in the {size}-cell "
                     "pool, too few for batch norm: use a micro-batch of 2 or more, a larger crop, or "

@@ -44,14 +44,15 @@ def test_scene_flow_reader_finds_them(tmp_path: Path) -> None:
     from fa_stereo.config import DatasetConfig, SceneFlowConfig
     from fa_stereo.data import open_dataset
 
-    for split, count in (("TRAIN", 3), ("TEST", 2)):
-        assert main(["render", str(tmp_path), "--samples", str(count), *SMALL, "--workers", "0", "--split", split]) == 0
-    for split, count in (("train", 3), ("test", 2)):
+    for split, count, seed in (("TRAIN", 3, 7), ("TEST", 2, 8)):
+        arguments = ["render", str(tmp_path), *SMALL[:4], "--seed", str(seed), "--workers", "0", "--split", split]
+        assert main([*arguments, "--samples", str(count)]) == 0
+    for split, count, seed in (("train", 3, 7), ("test", 2, 8)):
         choice = SceneFlowConfig(sets=["flyingthings3d"], right_disparity=True, cache_index=False)
         dataset = open_dataset(DatasetConfig(kind="scene_flow", root=str(tmp_path), split=split, scene_flow=choice))
         assert len(dataset) == count  # type: ignore[arg-type]
         s = dataset[1]
-        reference = render_pair(CONFIG, 1)
+        reference = render_pair(RenderConfig(height=32, width=64, seed=seed), 1)
         assert np.array_equal(s.left, reference.left)
         assert np.array_equal(s.disparity, reference.disparity)
         assert np.array_equal(s.right_disparity, reference.right_disparity)
@@ -130,6 +131,26 @@ def test_a_folder_is_not_mixed_from_two_configurations(tmp_path: Path, capsys: p
     assert "another seed" in capsys.readouterr().err
     (tmp_path / "rendered_train.json").write_text("{")
     assert main(["render", str(tmp_path), "--samples", "1", *SMALL, "--workers", "0"]) == 2
+
+
+def test_the_same_pairs_are_not_both_for_training_and_for_testing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["render", str(tmp_path), "--samples", "2", *SMALL, "--workers", "0"]) == 0
+    assert main(["render", str(tmp_path), "--samples", "1", *SMALL, "--workers", "0", "--split", "TEST"]) == 2
+    assert f"{tmp_path} holds these very pairs as TRAIN already: give another --seed" in capsys.readouterr().err
+    assert not frame_files(tmp_path, "TEST", 0)[0].exists()
+
+
+def test_pairs_of_others_are_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scene Flow itself has the same names: here the third frame, one file of it."""
+    theirs = frame_files(tmp_path, "TRAIN", 2)[2]
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    assert main(["render", str(tmp_path), "--samples", "5", *SMALL, "--workers", "0"]) == 2
+    assert f"{tmp_path} holds TRAIN pairs that are not this command's" in capsys.readouterr().err
+    assert theirs.read_bytes() == b"theirs"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
 
 
 def test_it_goes_on_on_another_device(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import struct
 from pathlib import Path
 
 import cv2
@@ -136,6 +137,43 @@ def test_camera_orientation_is_applied_at_8_and_16_bit(tmp_path: Path, orientati
     with Image.open(tmp_path / "deep.png") as image:
         assert image.mode.startswith("I")
     np.testing.assert_array_equal(read_picture(tmp_path / "deep.png")[..., 1], expected[..., 0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["grey 16", "colour 16", "colour 8"])
+def test_a_tiff_is_turned_once(tmp_path: Path, kind: str, orientation: int) -> None:
+    from fa_stereo.data import formats
+
+    picture = picture_of(shape=(4, 6, 3))
+    stored = {"grey 16": picture[..., :1].astype(np.uint16) * 257, "colour 16": picture.astype(np.uint16) * 257,
+              "colour 8": picture}[kind]  # fmt: skip
+    write_tiff(tmp_path / "turned.tif", stored, orientation)
+    expected = formats._turn(picture, orientation)
+    if kind == "grey 16":
+        expected = np.repeat(expected[..., :1], 3, axis=2)
+    np.testing.assert_array_equal(read_picture(tmp_path / "turned.tif"), expected)
+
+
+def write_tiff(path: Path, values: np.ndarray, orientation: int) -> None:
+    """Write uint8 or uint16 [H, W, C] as one uncompressed strip (TIFF 6.0), which Pillow does not for 16-bit colour."""
+    height, width, channels = values.shape
+    bits, data = 8 * values.itemsize, values.astype(values.dtype.newbyteorder("<")).tobytes()
+    short, long = 3, 4
+    entries = [
+        (256, short, [width]), (257, short, [height]), (258, short, [bits] * channels), (259, short, [1]),
+        (262, short, [2 if channels == 3 else 1]), (273, long, [8]), (274, short, [orientation]),
+        (277, short, [channels]), (278, short, [height]), (279, long, [len(data)]), (284, short, [1]),
+    ]  # fmt: skip
+    data += b"\0" * (len(data) % 2)
+    directory = 8 + len(data)
+    behind = directory + 2 + 12 * len(entries) + 4
+    table, longer = struct.pack("<H", len(entries)), b""
+    for tag, kind, numbers in entries:
+        field = struct.pack(f"<{len(numbers)}{'H' if kind == short else 'I'}", *numbers)
+        if len(field) > 4:
+            field, longer = struct.pack("<I", behind + len(longer)), longer + field
+        table += struct.pack("<HHI", tag, kind, len(numbers)) + field.ljust(4, b"\0")
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, directory) + data + table + struct.pack("<I", 0) + longer)
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.bmp", "a.ppm", "a.tif"])

@@ -193,6 +193,18 @@ def test_incomplete_own_pairs_are_refused(tmp_path: Path) -> None:
         OwnPairs(tmp_path)
 
 
+def test_linked_folders_are_followed_for_disparities_too(tmp_path: Path) -> None:
+    make(tmp_path / "elsewhere", "left/a.png", "right/a.png")
+    (tmp_path / "elsewhere/disparity").mkdir()
+    write_pfm(tmp_path / "elsewhere/disparity/a.pfm", np.ones((4, 6), np.float32))
+    for name in ("left", "right", "disparity"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        (tmp_path / "root" / name / "kitchen").symlink_to(tmp_path / "elsewhere" / name, target_is_directory=True)
+    (sample,) = OwnPairs(tmp_path / "root")
+    assert sample.name == "kitchen/a"
+    np.testing.assert_array_equal(sample.disparity, 1)
+
+
 def test_disparity_of_another_size_is_named(tmp_path: Path) -> None:
     make(tmp_path, "left/a.png", "right/a.png")
     (tmp_path / "disparity").mkdir()

@@ -170,6 +170,20 @@ def test_scaled_disparity_still_warps(height: int, width: int) -> None:
         assert warp_error(unscaled) > 2 * warp_error(scaled)
 
 
+@pytest.mark.parametrize(("height", "width"), [(116, 89), (60, 211), (70, 100), (130, 180)])
+def test_scaling_moves_no_point_of_a_picture(height: int, width: int) -> None:
+    """One side may shrink while the other grows, too: a ramp stays the ramp that it was."""
+    y, x = np.mgrid[:96, :160]
+    for ramp, value in ((x, lambda row, column: (column + 0.5) * 160 / width - 0.5),
+                        (y, lambda row, column: (row + 0.5) * 96 / height - 0.5)):  # fmt: skip
+        picture = np.repeat(ramp[..., None], 3, axis=2).astype(np.uint8)
+        scaled = resize(StereoSample("ramp", picture, picture), height, width).left[2:-2, 2:-2, 0]
+        rows, columns = np.mgrid[2 : height - 2, 2 : width - 2]
+        shrinks = width <= 160 if ramp is x else height <= 96
+        # what grows is interpolated by OpenCV in whole numbers
+        assert np.abs(scaled - value(rows, columns)).max() <= (0.51 if shrinks else 0.75)
+
+
 @pytest.mark.parametrize("width", [120, 160, 250])
 def test_scaling_interpolates_on_surfaces_to_subpixel(width: int) -> None:
     scaled = resize(make_sample(), 96, width)
