@@ -260,8 +260,7 @@ def upsample_slab(layer: DeconvNorm3d, x: Tensor, start: int, stop: int) -> Tens
 
     Disparity 2 i depends on i alone, 2 i + 1 on i and i + 1.
     """
-    at_end = stop == 2 * x.shape[2]
-    out: Tensor = layer.norm(upsample(layer.conv, x[:, :, start // 2 : stop // 2 + 1], whole=at_end))
+    out: Tensor = layer.norm(upsample(layer.conv, x[:, :, start // 2 : stop // 2 + 1]))
     return out.narrow(2, 0, stop - start)
 
 

@@ -212,18 +212,14 @@ def convolve(conv: nn.Conv3d, x: Tensor, padding: int = 1) -> Tensor:
     return out.narrow(2, 0, (x.shape[2] + 2 * padding - 3) // conv.stride[0] + 1)
 
 
-def upsample(conv: nn.ConvTranspose3d, x: Tensor, *, whole: bool = True) -> Tensor:
-    """Map [B, C_in, D, H, W] by a transposed 3x3x3 kernel to [B, C_out, 2D, 2H, 2W]: ``conv(x)``, by oneDNN too.
-
-    With ``whole=False`` the last disparity is left out, 2D - 1 are returned.
-    """
+def upsample(conv: nn.ConvTranspose3d, x: Tensor) -> Tensor:
+    """Map [B, C_in, D, H, W] by a transposed 3x3x3 kernel to [B, C_out, 2D, 2H, 2W]: ``conv(x)``, by oneDNN too."""
     missing = _missing_disparities(x)
-    if missing == 0 and whole:
+    if missing == 0:
         out: Tensor = conv(x)
         return out
-    padding = (1 if whole or missing else 0, 1, 1)
-    out = F.conv_transpose3d(_append_zeros(x, missing), conv.weight, conv.bias, 2, 1, output_padding=padding)
-    return out.narrow(2, 0, 2 * x.shape[2] - (not whole)) if missing else out
+    out = F.conv_transpose3d(_append_zeros(x, missing), conv.weight, conv.bias, 2, 1, output_padding=1)
+    return out.narrow(2, 0, 2 * x.shape[2])
 
 
 @contextmanager
