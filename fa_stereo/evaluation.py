@@ -343,7 +343,8 @@ class EvaluationResult:
 
     def worst(self, count: int) -> list[ImageErrors]:
         """Return the images with the largest end-point error, the worst first; skipped and empty ones never."""
-        measured = [i for i in self.per_image if not (i.skipped or math.isnan(i.mean("end_point_error")))]
+        counted = [image for image in self.per_image if not image.skipped]
+        measured = [image for image in counted if not math.isnan(image.mean("end_point_error"))]
         return sorted(measured, key=lambda image: (-image.mean("end_point_error"), image.index))[:count]
 
     def to_plain(self) -> dict[str, Any]:

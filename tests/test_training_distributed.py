@@ -90,6 +90,13 @@ def test_two_processes_train_as_one(pairs: Path, trained: Path, tmp_path: Path, 
         )
 
 
+def test_one_sample_a_process_is_enough_for_synchronized_batch_norm(pairs: Path, tmp_path: Path) -> None:
+    """The coarsest pools of so small crops leave one value a channel and sample: of two processes that is a batch."""
+    options = ["trainer.sync_batch_norm=true", "trainer.batch_size=2", "trainer.max_steps=1"]
+    run_two(REPOSITORY / "scripts" / "train.py", *command_line(pairs, tmp_path / "two", *COMMON, *options))
+    assert torch.load(tmp_path / "two" / "last.pt", weights_only=True)["step"] == 1
+
+
 def test_a_signal_to_one_process_stops_all_and_one_process_can_go_on(pairs: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
