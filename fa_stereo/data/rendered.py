@@ -307,8 +307,7 @@ class _Painter:
         """Return the view's colours [H, W, 3].
 
         A pixel whose samples all see one surface takes the colour at its centre, which the prefiltered textures keep
-        free of aliasing (on a steep surface in the left view alone, by whose pixels the filter's width is chosen); a
-        pixel at an edge takes the mean over the other samples.
+        free of aliasing; a pixel at an edge takes the mean over the other samples.
         """
         size = disparity.shape  # [S, H, W]
         edge = (which[1:] != which[0]).any(dim=0).flatten()
@@ -339,11 +338,16 @@ class _Painter:
         inverse = 1 / (d + self.scene.far_offset)
         s = (s_1 + s_u * u + s_v * v) * inverse
         t = (t_1 + t_u * u + t_v * v) * inverse
-        # the texture's scale, texels per pixel, decides which levels of the pyramid to read
+        # the texture's scale, texels per pixel of the view, decides which levels of the pyramid to read
         d_u, d_v = p["slope"]
-        along_u = ((s_u - s * d_u) * inverse).square() + ((t_u - t * d_u) * inverse).square()
-        along_v = ((s_v - s * d_v) * inverse).square() + ((t_v - t * d_v) * inverse).square()
-        level = (0.5 * torch.log2(0.5 * (along_u + along_v) + 1e-12)).clamp(0, MAP_LEVELS - 1.001)
+        ds_u, dt_u = (s_u - s * d_u) * inverse, (t_u - t * d_u) * inverse
+        ds_v, dt_v = (s_v - s * d_v) * inverse, (t_v - t * d_v) * inverse
+        if right:  # at x = u - d(u, v): du/dx = 1 / (1 - d_u), and du/dv = d_v du/dx along a column
+            stretch = 1 / (1 - d_u)
+            ds_u, dt_u = ds_u * stretch, dt_u * stretch
+            ds_v, dt_v = ds_v + d_v * ds_u, dt_v + d_v * dt_u
+        area = 0.5 * (ds_u.square() + dt_u.square() + ds_v.square() + dt_v.square())
+        level = (0.5 * torch.log2(area + 1e-12)).clamp(0, MAP_LEVELS - 1.001)
         s_0, t_0 = p["offset"]
         texel = self._texel(self.textures.index_select(0, which), level, s + s_0, t + t_0) - 0.5  # [N, 4]
         light_1, light_u, light_v = p["light"]

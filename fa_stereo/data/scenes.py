@@ -770,7 +770,8 @@ class _SceneBuilder:
         disparity = self._disparity()
         length = self.size * rng.uniform(0.1, 0.3)
         foot = self._place(disparity, 0.0)
-        surface = self._surface(foot, disparity, (2.5 * length, 2.5 * length), 0.2)
+        # twigs fork at most three times, by at most 0.9 shorter each: they reach 1 + 0.9 + 0.81 + 0.73 lengths
+        surface = self._surface(foot, disparity, (3.5 * length, 3.5 * length), 0.2)
         bark: Appearance | None = None
         leaf: Appearance | None = None
         leafy = rng.random() < 0.7

@@ -1,13 +1,13 @@
 """Random tileable texture maps with the statistics of natural pictures, for the renderer.
 
 A map is uint8 [size, size, 4]: RGB, and a fine luminance grain of its own in the fourth channel. Maps are periodic in
-both directions (but for scratches, letters and boxes, which end at the border), and shapes look at them through random
-scales, rotations, offsets and colour changes, so a handful of maps dress a whole scene. Textures carry no ground truth,
-so OpenCV may draw here.
+both directions, and shapes look at them through random scales, rotations, offsets and colour changes, so a handful of
+maps dress a whole scene. Textures carry no ground truth, so OpenCV may draw here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import cv2
@@ -148,8 +148,7 @@ def _leaves(rng: np.random.Generator, size: int) -> Field:
     kinds = rng.integers(3, size=count) if kind == 3 else np.full(count, kind)
     outlines = _leaf_outlines(rng, kinds) * radii[:, None, None]  # [count, CORNERS, 2]
     shaded = rng.random() < 0.3
-    canvas = np.empty((size, size, 3), np.uint8)
-    canvas[:] = np.asarray(colors[0] * 255, np.uint8)
+    canvas = _canvas(np.broadcast_to(colors[0], (size, size, 3)))
     for outline, radius, paint, center in zip(
         outlines, radii.tolist(), np.clip(paints * 255, 0, 255), rng.uniform(0, size, (count, 2)).tolist(), strict=True
     ):
@@ -157,7 +156,7 @@ def _leaves(rng: np.random.Generator, size: int) -> Field:
         for u in _wrapped(center[0], radius, size):
             for v in _wrapped(center[1], radius, size):
                 for scale, color in passes:
-                    points = (outline * (16 * scale) + (16 * u, 16 * v)).astype(np.int32)
+                    points = (outline * (16 * scale) + (16 * (u + MARGIN), 16 * (v + MARGIN))).astype(np.int32)
                     cv2.fillPoly(canvas, [points], color.tolist(), cv2.LINE_AA, 4)
     picture = _unit(canvas)
     if rng.random() < 0.5:
@@ -165,6 +164,7 @@ def _leaves(rng: np.random.Generator, size: int) -> Field:
     return picture
 
 
+MARGIN = 4  # of a canvas, px
 CORNERS = 16  # of a leaf's outline; repeated points make it one with fewer
 
 
@@ -183,7 +183,8 @@ def _leaf_outlines(rng: np.random.Generator, kinds: NDArray[np.integer]) -> NDAr
 
 def _wrapped(center: float, radius: float, size: int) -> list[float]:
     """Return where a shape must be drawn along one axis so that the picture is periodic."""
-    return [center + shift for shift in (-size, 0, size) if -radius < center + shift < size + radius]
+    first, last = math.ceil((-radius - center) / size), math.floor((size + radius - center) / size)
+    return [center + size * period for period in range(first, last + 1)]
 
 
 def _marble(rng: np.random.Generator, size: int) -> Field:
@@ -211,8 +212,12 @@ def _scratches(rng: np.random.Generator, size: int) -> Field:
         path = np.cumsum(np.stack([np.cos(headings), np.sin(headings)], -1) * length, axis=0) + rng.uniform(0, size, 2)
         color = tuple(float(v) for v in colors[rng.integers(5)])
         thickness = 1 if rng.random() < 0.8 else int(rng.integers(2, 4))
-        shift = np.floor(path.mean(axis=0) / size) * size
-        cv2.polylines(canvas, [np.round((path - shift) * 16).astype(np.int32)], False, color, thickness, cv2.LINE_AA, 4)
+        low, high = path.min(axis=0), path.max(axis=0)
+        middle, reach = (low + high) / 2, (high - low) / 2 + thickness
+        for u in _wrapped(middle[0], reach[0], size):
+            for v in _wrapped(middle[1], reach[1], size):
+                points = np.round((path - middle + (u, v) + MARGIN) * 16).astype(np.int32)
+                cv2.polylines(canvas, [points], False, color, thickness, cv2.LINE_AA, 4)
     return _unit(canvas)
 
 
@@ -315,27 +320,42 @@ def _glyphs(rng: np.random.Generator, size: int) -> Field:
                 break
             x = rng.uniform(-40, 0.4 * size)
             text = "".join(chr(c) for c in rng.integers(33, 123, int(rng.integers(2, 4 + int(20 / scale)))))
-            cv2.putText(canvas, text, (int(x), int(y)), font, scale, color, thickness, cv2.LINE_AA)
+            text = text[: max(1, int(len(text) * size / cv2.getTextSize(text, font, scale, thickness)[0][0]))]
+            (length, above), below = cv2.getTextSize(text, font, scale, thickness)
+            for u in _wrapped(int(x) + length / 2, length / 2 + thickness, size):
+                for v in _wrapped(int(y) + (below - above) / 2, (above + below) / 2 + thickness, size):
+                    origin = round(u - length / 2) + MARGIN, round(v - (below - above) / 2) + MARGIN
+                    cv2.putText(canvas, text, origin, font, scale, color, thickness, cv2.LINE_AA)
         if rng.random() < 0.3:
             corner = rng.integers(0, size, 2)
-            far = np.minimum(corner + rng.integers(8, size // 2, 2), size - 1)
-            cv2.rectangle(canvas, corner.tolist(), far.tolist(), color, -1 if rng.random() < 0.6 else 2)
+            sides = rng.integers(8, size // 2, 2)
+            border = -1 if rng.random() < 0.6 else 2
+            for u in _wrapped(float(corner[0] + sides[0] / 2), sides[0] / 2 + 2, size):
+                for v in _wrapped(float(corner[1] + sides[1] / 2), sides[1] / 2 + 2, size):
+                    near = np.rint((u, v) - sides / 2).astype(int) + MARGIN
+                    cv2.rectangle(canvas, near.tolist(), (near + sides).tolist(), color, border)
         y += 10 * scale
-    turned = np.rot90(canvas, int(rng.integers(4)))
-    return _soften(_unit(turned), rng.uniform(0.3, 0.7))
+    turned = np.rot90(_unit(canvas), int(rng.integers(4)))
+    return _soften(turned, rng.uniform(0.3, 0.7))
 
 
 def _canvas(picture: Field) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.clip(picture * 255, 0, 255).astype(np.uint8))
+    """Return a copy to draw on, with a margin around it, as OpenCV draws smooth lines less well at its borders."""
+    canvas = np.clip(picture * 255, 0, 255).astype(np.uint8)
+    return np.asarray(cv2.copyMakeBorder(canvas, MARGIN, MARGIN, MARGIN, MARGIN, cv2.BORDER_WRAP), np.uint8)
 
 
 def _unit(canvas: NDArray[np.uint8]) -> Field:
-    return np.asarray(canvas / np.float32(255), dtype=np.float32)
+    """Return what was drawn on a canvas, in [0, 1], without the margin."""
+    return np.asarray(canvas[MARGIN:-MARGIN, MARGIN:-MARGIN] / np.float32(255), dtype=np.float32)
 
 
 def _soften(picture: Field, sigma: float) -> Field:
-    blurred = cv2.GaussianBlur(picture, (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
-    return np.asarray(blurred, dtype=np.float32)
+    """Blur a periodic picture."""
+    reach = math.ceil(4 * sigma) + 1  # beyond OpenCV's kernel
+    padded = cv2.copyMakeBorder(picture, reach, reach, reach, reach, cv2.BORDER_WRAP)
+    blurred = cv2.GaussianBlur(padded, (0, 0), sigma)
+    return np.asarray(blurred[reach:-reach, reach:-reach], dtype=np.float32)
 
 
 _Kind = Callable[[np.random.Generator, int], Field]

@@ -5,6 +5,7 @@ import hashlib
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from fa_stereo.data.scenes import (
     _SceneBuilder,
     random_scene,
 )
-from fa_stereo.data.textures import random_map
+from fa_stereo.data.textures import _NATURAL, _PATTERNS, _glyphs, _weak, random_map
 from fa_stereo.errors import InputError
 from tests.gpu import needs_gpu
 
@@ -138,6 +139,19 @@ def test_disparity_stays_in_its_range_and_uses_it() -> None:
     assert 5 < np.median(largest) < 100  # most scenes are of the usual range
     small = dataclasses.replace(config, max_disparity=48.0)
     assert max(render_pair(small, i).disparity.max() for i in range(10)) <= 48
+
+
+def test_the_last_twigs_of_a_plant_stay_in_the_range() -> None:
+    config = dataclasses.replace(SMALL, max_disparity=48.0, slant=3.0)
+    for seed in range(400):
+        builder = _SceneBuilder(config, np.random.default_rng(seed))
+        builder.scene.maps.append(np.full((256, 256, 4), 128, np.uint8))
+        builder._bush()
+        for shape in builder.scene.shapes:
+            left, top, right, bottom = shape.silhouette.extent
+            corners = torch.tensor([(left, top), (right, top), (left, bottom), (right, bottom)])
+            disparity = shape.surface.disparity(*corners.T)
+            assert 0 <= disparity.min() <= disparity.max() <= config.max_disparity, seed
 
 
 def plain(color: float) -> Appearance:
@@ -342,6 +356,37 @@ def test_the_gpu_renders_the_same_scene() -> None:
 # pictures
 
 
+@pytest.mark.parametrize("slope", [(0.5, 0.0), (-0.6, 0.2), (0.1, -0.5)])
+def test_both_views_filter_textures_by_their_own_pixels(slope: tuple[float, float]) -> None:
+    """The right view of a plane is the left view of the plane's mirror image, seen from the other side."""
+    height, width = 48, 64
+    rng = np.random.default_rng(6)
+    texture = rng.integers(0, 256, (256, 256, 4), dtype=np.uint8)
+    color = np.concatenate([np.eye(3), np.zeros((3, 1))], axis=1)
+    center, value = (40.0, 20.0), 30.0
+    along_u, along_v = slope
+    # where the left view sees (u, v), mirrored, the mirrored right one stands: u' = last - x, x = u - d(u, v), and so
+    # u = (x + offset + along_v v) / (1 - along_u), d = u - x
+    last = width - 1.0
+    offset = value - along_u * center[0] - along_v * center[1]
+    gain = 1 / (1 - along_u)
+    u_from = np.array([gain * (last + offset), -gain, gain * along_v])  # coefficients of (1, u', v)
+    d_from = u_from - np.array([last, -1.0, 0.0])
+    axes = np.array([[3.0, 70.0, -20.0], [-5.0, 30.0, 60.0]])
+    mirrored_axes = axes[:, :1] * [1.0, 0.0, 0.0] + axes[:, 1:2] * u_from + axes[:, 2:] * [0.0, 0.0, 1.0]
+
+    def view(axes: np.ndarray, surface: Surface) -> Scene:
+        look = dataclasses.replace(plain(0.5), axes=axes, offset=np.array([7.3, 1.2]), color=color)
+        return Scene(height, width, [Shape(Everywhere(), surface, look)], [texture])
+
+    scene = view(axes, Surface(value, center, slope))
+    mirrored = view(mirrored_axes, Surface(float(d_from[0]), (0.0, 0.0), (float(d_from[1]), float(d_from[2]))))
+    found, expected = render_scene(scene), render_scene(mirrored)
+    np.testing.assert_allclose(found.right_disparity, expected.disparity[:, ::-1], atol=1e-3)
+    assert found.right.std() > 0.02
+    np.testing.assert_allclose(found.right, expected.left[:, ::-1], atol=5e-3)
+
+
 def test_perfect_cameras_take_noise_free_pictures() -> None:
     s = render_pair(PERFECT, 0)
     loud = dataclasses.replace(PERFECT, noise=0.5, gain=0.9, blur=5.0, gamma=1.0, tint=0.5, vertical_shift=2.0)
@@ -430,6 +475,19 @@ def test_maps_have_natural_spectra() -> None:
     white = random_map(np.random.default_rng(0), 256, weak=0.0, repetition=0.0, glyphs=0.0, natural=0.0)
     neighbours = np.corrcoef(white[:, :-1, 0].ravel(), white[:, 1:, 0].ravel())[0, 1]
     assert abs(neighbours) < 0.02
+
+
+@pytest.mark.parametrize("draw", sorted({*_NATURAL, *_PATTERNS, _glyphs, _weak}, key=lambda kind: kind.__name__))
+def test_maps_are_periodic(draw: Callable[[np.random.Generator, int], np.ndarray]) -> None:
+    """The step from the last row (column) to the first is like the steps between neighbours, and no border."""
+    steps, seams = [], []
+    for seed in range(30):
+        picture = draw(np.random.default_rng(seed), 128)
+        for axis in (0, 1):
+            step = np.abs(np.roll(picture, -1, axis=axis) - picture).mean(axis=(1 - axis, 2))  # [128]
+            steps.append(np.sort(step)[-8:-1].mean() if draw in _PATTERNS else step[:-1].mean())
+            seams.append(step[-1])
+    assert np.mean(seams) < 1.1 * np.mean(steps)
 
 
 def test_ingredients_can_be_switched_off() -> None:
