@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from fa_stereo.errors import InputError
 
 LOCK_FILE = ".lock"
+_UMASK_LOCK = threading.Lock()
 
 
 def save_atomically(path: str | Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
@@ -33,8 +35,9 @@ def save_atomically(path: str | Path, write: Callable[[Path], object], *, durabl
         if durable:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
+        with _UMASK_LOCK:  # it can only be read by setting it, for all threads
+            umask = os.umask(0)
+            os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     finally:
