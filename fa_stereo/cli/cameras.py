@@ -33,7 +33,8 @@ def add_camera_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cameras", "at the size of the pictures, for depth and points")
     group.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="Middlebury's calib.txt: cam0, baseline in millimetres, doffs",
+        help="Middlebury's calib.txt (baseline in millimetres), KITTI's calib_cam_to_cam.txt, or P1 and P2 of OpenCV's "
+        "stereoRectify as its FileStorage writes them (in metres)",
     )  # fmt: skip
     for name, (metavar, what) in _NUMBERS.items():
         group.add_argument(_option(name), type=float, metavar=metavar, help=what)
@@ -54,7 +55,7 @@ class Cameras:
     """
 
     def __init__(self, arguments: argparse.Namespace, formats: tuple[str, ...]) -> None:
-        from fa_stereo.data.middlebury import read_calibration
+        from fa_stereo.data.calibrations import read_calibration
         from fa_stereo.geometry import StereoCalibration
 
         given = {name: getattr(arguments, name) for name in _NUMBERS if getattr(arguments, name) is not None}

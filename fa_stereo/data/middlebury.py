@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ from numpy.typing import NDArray
 from fa_stereo.data.formats import read_bytes, read_scaled_disparity
 from fa_stereo.data.pairs import FileDataset, FrameFiles, few
 from fa_stereo.errors import InputError
-from fa_stereo.geometry import StereoCalibration
 
 _RESOLUTION_LETTERS = {"quarter": "Q", "half": "H", "full": "F"}
 _RESOLUTION_FOLDERS_2006 = {"third": "ThirdSize", "half": "HalfSize", "full": "FullSize"}
@@ -30,41 +28,6 @@ _DIVISORS_V2 = {
     "cones": 4.0,
     "teddy": 4.0,
 }
-
-
-def read_calibration(path: str | Path) -> StereoCalibration:
-    """Read a ``calib.txt`` of Middlebury 2014: cam0, baseline in millimetres, doffs or cam1, width and height if given.
-
-    Raises:
-        InputError: The file is unusable, lacks cam0 or baseline, or describes no camera with square pixels.
-    """
-    text = read_bytes(path).decode("utf-8", errors="replace")
-    values = dict(re.findall(r"^\s*(\w+)\s*=\s*(.+?)\s*$", text, flags=re.MULTILINE))
-    try:
-        matrix = _matrix(values["cam0"])
-        focal_length_px, cx_px, focal_length_y_px, cy_px = matrix[0], matrix[2], matrix[4], matrix[5]
-        baseline_m = float(values["baseline"]) / 1000
-        right_cx_px = _matrix(values["cam1"])[2] if "cam1" in values else cx_px
-        doffs_px = float(values.get("doffs", right_cx_px - cx_px))
-        size_px = (int(values["width"]), int(values["height"])) if {"width", "height"} <= values.keys() else None
-    except (KeyError, ValueError, IndexError) as error:
-        raise InputError(
-            f"{path}: not a Middlebury calibration (cam0=[f 0 cx; 0 f cy; 0 0 1], baseline=...): {error}"
-        ) from error
-    if abs(focal_length_y_px - focal_length_px) > 1e-3 * abs(focal_length_px):
-        raise InputError(
-            f"{path}: the focal lengths along rows and columns, {focal_length_px:g} and {focal_length_y_px:g} px, are "
-            "not one: rectify the pictures to square pixels"
-        )
-    try:
-        return StereoCalibration(focal_length_px, baseline_m, cx_px, cy_px, doffs_px, size_px)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _matrix(text: str) -> list[float]:
-    """Return the numbers of ``[a b c; d e f; g h i]``, row by row."""
-    return [float(number) for number in re.split(r"[\s;,]+", text.strip("[] "))]
 
 
 class Middlebury2014(FileDataset):

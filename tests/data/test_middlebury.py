@@ -1,4 +1,4 @@
-"""Middlebury's three generations: naming, divisors, masks, calibration, resolutions."""
+"""Middlebury's three generations: naming, divisors, masks, resolutions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ import pytest
 from fa_stereo.config import DatasetConfig
 from fa_stereo.data import open_dataset
 from fa_stereo.data.formats import write_pfm, write_picture
-from fa_stereo.data.middlebury import Middlebury2006, Middlebury2014, MiddleburyV2, read_calibration
+from fa_stereo.data.middlebury import Middlebury2006, Middlebury2014, MiddleburyV2
 from fa_stereo.errors import InputError
-from fa_stereo.geometry import StereoCalibration
-
-CALIBRATION = """cam0=[999.421 0 294.182; 0 999.421 252.932; 0 0 1]
-cam1=[999.421 0 326.96; 0 999.421 252.932; 0 0 1]
-doffs=32.778
-baseline=193.001
-width=741
-height=497
-ndisp=70
-"""
 
 
 def gray(folder: Path, name: str, value: int | np.ndarray, size: tuple[int, int] = (4, 6)) -> None:
@@ -88,41 +78,6 @@ def test_2014_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "trainingQ/Chair/disp0GT.pfm").unlink()
     with pytest.raises(InputError, match=r"Chair/disp0GT\.pfm: no such file"):
         Middlebury2014(tmp_path)
-
-
-def test_calibration(tmp_path: Path) -> None:
-    (tmp_path / "calib.txt").write_text(CALIBRATION)
-    calibration = read_calibration(tmp_path / "calib.txt")
-    assert calibration == StereoCalibration(
-        focal_length_px=999.421, baseline_m=193.001 / 1000, cx_px=294.182, cy_px=252.932, doffs_px=32.778,
-        size_px=(741, 497),
-    )  # fmt: skip
-    half = calibration.resized(0.5, 0.5)
-    assert half.size_px == (370, 248)
-    assert half.doffs_px == 16.389
-    (tmp_path / "calib.txt").write_text("\n".join(line for line in CALIBRATION.splitlines() if line[:5] != "doffs"))
-    assert read_calibration(tmp_path / "calib.txt").doffs_px == pytest.approx(32.778)  # the second camera says it too
-    (tmp_path / "calib.txt").write_text("cam0=[9 0 4; 0 9 5; 0 0 1]\nbaseline=100\n")
-    assert read_calibration(tmp_path / "calib.txt") == StereoCalibration(9, 0.1, 4, 5)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "hello",
-        "cam0=[a b; c d]\nbaseline=1",
-        CALIBRATION.replace("baseline=193.001", ""),
-        "cam0=[9 0 1]\nbaseline=1",
-        CALIBRATION.replace("999.421", "0"),
-        CALIBRATION.replace("doffs=32.778", "doffs=nan"),
-        CALIBRATION.replace("0 999.421 252.932", "0 900 252.932"),
-        CALIBRATION.replace("width=741", "width=wide"),
-    ],
-)
-def test_damaged_calibration_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "calib.txt").write_text(text)
-    with pytest.raises(InputError, match=r"calib\.txt"):
-        read_calibration(tmp_path / "calib.txt")
 
 
 def make_2006(scene: Path, height: int) -> None:

@@ -1,0 +1,122 @@
+"""Files that say what the two cameras of rectified pairs were, as the field's data sets and tools write them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from fa_stereo.data.formats import read_bytes
+from fa_stereo.errors import InputError
+from fa_stereo.geometry import StereoCalibration
+
+
+def read_calibration(path: str | Path) -> StereoCalibration:
+    """Read the calibration of a rectified pair, in any of these formats, told apart by what they contain.
+
+    * Middlebury 2014's ``calib.txt``: ``cam0=[f 0 cx; 0 f cy; 0 0 1]``, ``baseline`` in millimetres; ``doffs`` or
+      ``cam1``, ``width`` and ``height`` if given.
+    * KITTI's ``calib_cam_to_cam.txt``: ``P_rect_02``, ``P_rect_03`` and ``S_rect_02``, or the ``P2`` and ``P3`` of its
+      other benchmarks: the projection matrices of the colour cameras, in metres. The grey ones (00 and 01, 0 and 1) are
+      taken where the file has no others.
+    * OpenCV's ``FileStorage`` (YAML, XML or JSON): ``P1`` and ``P2`` as ``cv2.stereoRectify`` returns them. OpenCV's
+      lengths have the unit of the calibration pattern's; it must be metres.
+
+    Raises:
+        InputError: The file is unusable, of none of these formats, or describes no two equal cameras side by side with
+            square pixels.
+    """
+    text = read_bytes(path).decode("utf-8", errors="replace")
+    try:
+        if re.match(r"\s*(%YAML|<\?xml|\{)", text):
+            return _from_projections(*_opencv_projections(text))
+        kitti = {key: numbers.split() for key, numbers in re.findall(r"^([PS]\w*):(.*)$", text, flags=re.MULTILINE)}
+        if kitti:
+            return _from_projections(*_kitti_projections(kitti))
+        return _middlebury(text)
+    except (InputError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _middlebury(text: str) -> StereoCalibration:
+    values = dict(re.findall(r"^\s*(\w+)\s*=\s*(.+?)\s*$", text, flags=re.MULTILINE))
+    try:
+        matrix = _matrix(values["cam0"])
+        focal_length_px, cx_px, focal_length_y_px, cy_px = matrix[0], matrix[2], matrix[4], matrix[5]
+        baseline_m = float(values["baseline"]) / 1000
+        right_cx_px = _matrix(values["cam1"])[2] if "cam1" in values else cx_px
+        doffs_px = float(values.get("doffs", right_cx_px - cx_px))
+        size_px = (int(values["width"]), int(values["height"])) if {"width", "height"} <= values.keys() else None
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(
+            "neither Middlebury's calibration (cam0=[f 0 cx; 0 f cy; 0 0 1], baseline=...) nor KITTI's (P_rect_02, "
+            f"P_rect_03) nor OpenCV's (P1, P2): {error}"
+        ) from error
+    _check_square(focal_length_px, focal_length_y_px)
+    return StereoCalibration(focal_length_px, baseline_m, cx_px, cy_px, doffs_px, size_px)
+
+
+def _matrix(text: str) -> list[float]:
+    """Return the numbers of ``[a b c; d e f; g h i]``, row by row."""
+    return [float(number) for number in re.split(r"[\s;,]+", text.strip("[] "))]
+
+
+def _kitti_projections(
+    values: dict[str, list[str]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[int, int] | None]:
+    """Return the projection matrices [3, 4] of the left and the right camera, and the pictures' size."""
+    pairs = (("P_rect_02", "P_rect_03"), ("P2", "P3"), ("P_rect_00", "P_rect_01"), ("P0", "P1"))
+    found = next((pair for pair in pairs if values.keys() >= set(pair)), None)
+    if found is None:
+        raise InputError("a KITTI calibration without P_rect_02 and P_rect_03, or P2 and P3: choose another file")
+    left, right = (np.array([float(number) for number in values[name]]) for name in found)
+    if not left.size == right.size == 12:
+        raise InputError(f"{found[0]} and {found[1]} must have 12 numbers each: the file is damaged")
+    size = values.get(found[0].replace("P", "S"))
+    size_px = (round(float(size[0])), round(float(size[1]))) if size is not None and len(size) == 2 else None
+    return left.reshape(3, 4), right.reshape(3, 4), size_px
+
+
+def _opencv_projections(text: str) -> tuple[NDArray[np.float64], NDArray[np.float64], None]:
+    """Return the projection matrices [3, 4] of the left and the right camera."""
+    try:
+        storage = cv2.FileStorage(text, cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY)
+        matrices = [storage.getNode(name).mat() for name in ("P1", "P2")]
+    except (cv2.error, SystemError):
+        matrices = []
+    if not matrices or any(matrix is None or matrix.shape != (3, 4) for matrix in matrices):
+        raise InputError(
+            "no 3x4 matrices P1 and P2 that cv2.FileStorage can read: write those that cv2.stereoRectify returns"
+        )
+    left, right = (np.asarray(matrix, dtype=np.float64) for matrix in matrices)
+    return left, right, None
+
+
+def _from_projections(
+    left: NDArray[np.float64], right: NDArray[np.float64], size_px: tuple[int, int] | None
+) -> StereoCalibration:
+    """Return the cameras of two projections [f 0 cx -f X; 0 f cy -f Y; 0 0 1 0], for a camera that stands at (X, Y)."""
+    if not (np.isfinite(left).all() and np.isfinite(right).all()):
+        raise InputError("a projection matrix has numbers that are not finite")
+    focal_length_px = float(left[0, 0])
+    _check_square(focal_length_px, float(left[1, 1]))
+    if abs(right[0, 0] - focal_length_px) > 1e-3 * abs(focal_length_px) or abs(right[1, 2] - left[1, 2]) > 0.1:
+        raise InputError("the two cameras differ in focal length or principal row: rectify the pictures")
+    baseline_m, above_m = ((left - right)[:2, 3] / focal_length_px).tolist() if focal_length_px else (0.0, 0.0)
+    if abs(above_m) > abs(baseline_m):
+        raise InputError("the cameras stand above each other: turn the pictures by a quarter")
+    if baseline_m < 0:
+        raise InputError("the second camera stands to the left of the first: exchange them")
+    doffs_px = float(right[0, 2] - left[0, 2])
+    return StereoCalibration(focal_length_px, baseline_m, float(left[0, 2]), float(left[1, 2]), doffs_px, size_px)
+
+
+def _check_square(focal_length_px: float, focal_length_y_px: float) -> None:
+    if abs(focal_length_y_px - focal_length_px) > 1e-3 * abs(focal_length_px):
+        raise InputError(
+            f"the focal lengths along rows and columns, {focal_length_px:g} and {focal_length_y_px:g} px, are not one: "
+            "rectify the pictures to square pixels"
+        )
