@@ -15,6 +15,14 @@ LOCK_FILE = ".lock"
 _UMASK_LOCK = threading.Lock()
 
 
+def expand_user(path: str | Path) -> Path:
+    """Return a path whose leading ``~`` is made the home folder; as it is if the user has none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def save_atomically(path: str | Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it: whole or not at all.
 

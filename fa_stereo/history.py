@@ -30,15 +30,17 @@ class History:
         folder: The run's.
         last_step: Step of the last validation that the run remembers: what an interrupted one wrote beyond is dropped,
             since those steps are taken again.
-        lines: The history so far of a run that goes on in a folder without one.
+        lines: The history so far, as the run remembers it; a file that is there is another run's, then. None is for
+            runs that do not (older ones): theirs is what the file says.
 
     Raises:
-        InputError: The file that is there cannot be read or is not a history.
+        InputError: The file is asked, and cannot be read or is not a history.
     """
 
-    def __init__(self, folder: Path, last_step: int, lines: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, folder: Path, last_step: int, lines: Sequence[dict[str, Any]] | None = ()) -> None:
         self.path = folder / FILE_NAME
-        lines = read_history(self.path) if self.path.exists() else lines
+        if lines is None:
+            lines = read_history(self.path) if self.path.exists() else ()
         self.lines: list[dict[str, Any]] = [line for line in lines if line["step"] <= last_step]
 
     def add(self, values: Mapping[str, Any]) -> None:

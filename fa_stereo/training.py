@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +52,8 @@ from fa_stereo.config import (
 )
 from fa_stereo.cuda_graph import GraphedPass
 from fa_stereo.data import open_dataset, open_training_pairs
+from fa_stereo.data.datasets import check_truth, rendered_settings
 from fa_stereo.data.pool import RenderedPool, pools_of
-from fa_stereo.data.rendered import read_settings
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
@@ -178,7 +178,8 @@ class Trainer:
         self.validation: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.history: History | None = None
-        self.lines: list[dict[str, Any]] = []  # of the history of the run that this one goes on with
+        self.lines: list[dict[str, Any]] | None = []  # of the history of the run that this one goes on with
+        self.best_settings: dict[str, Any] = {}  # of the validation by which it is the best
         self.started = time.perf_counter()
         self.seconds: float | None = 0.0  # that the run took before
         self.seconds_in_steps = 0.0  # that all steps took, loading included, validations and writing not
@@ -187,6 +188,9 @@ class Trainer:
         self.step_times: deque[tuple[float, float]] = deque(maxlen=1000)  # wall and processor seconds of late
         if checkpoint is not None:
             self._restore(checkpoint)
+        if self.step > self.total_steps:
+            self._tell("%d steps are taken already, more than the %d asked for", self.step, self.total_steps)
+            self.total_steps = self.step
 
         # The network as training calls it; ``self.model`` stays the bare one, whose names checkpoints have.
         self.network: nn.Module = self.model
@@ -304,10 +308,16 @@ class Trainer:
             self.step, self.total_steps, self.settings.batch_size, distributed.rank(), distributed.world_size()
         )
         pin_memory = self.device.type == "cuda"
-        for batch in make_loader(self.stream, sampler, self.config.data.workers, pin_memory=pin_memory):
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
+        try:
+            for batch in make_loader(self.stream, sampler, self.config.data.workers, pin_memory=pin_memory):
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        except (InputError, OSError):  # a bad pair shall not cost what was trained; alone, as no other process knows
+            if distributed.world_size() == 1 and self.step > self.saved_step:
+                self._save("last.pt")
+                self._tell("last.pt holds the training up to step %d", self.step)
+            raise
 
     def train_step(self, batch: Batch, log: TrainingLog | None = None) -> dict[str, float]:
         """Make one optimizer step from this process's share of a batch.
@@ -510,8 +520,9 @@ class Trainer:
         error = self.validation["end_point_error"]
         if not self.best or error < self.best["end_point_error"]:
             self.best = {"end_point_error": error, "step": self.step}
+            self.best_settings = _validation_settings(self.config)
             self._save("best.pt")
-        self._write_metrics()
+        self._write_metrics_if_possible()
         return True
 
     def _add_to_history(self) -> None:
@@ -593,6 +604,7 @@ class Trainer:
                 "alarm": self.alarm.state_dict(),
                 "validated_step": self.validated_step,
                 "best": self.best,
+                "best_settings": self.best_settings,
                 "random_states": random_states,
                 **self._facts(),
             },
@@ -685,10 +697,11 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         self.validated_step = state["validated_step"]
         self.validation, self.best = state["validation"], state["best"]
-        self.lines = state.get("history", [])
+        self.lines = state.get("history", None if self._is_in_output_dir(path) else [])
+        self.best_settings = state.get("best_settings", {})  # older checkpoints do not have them
         if not distributed.broadcast_object(self.is_first and self._holds_best(path)):
             self.best = {}  # its weights are not in this folder, or those of a run that went on from here are
-        elif self.best and any(_changes_validation(key) for key in changed):
+        elif self.best and self._validates_otherwise(changed):
             self.best = {}  # errors cannot be compared
             self._tell("resuming with another validation: the best so far does not count")
         self.seconds, self.started_from = state.get("seconds"), state.get("started_from")
@@ -696,6 +709,15 @@ class Trainer:
         self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
         if distributed.rank() < len(state["random_states"]):
             _set_random_state(state["random_states"][distributed.rank()])
+
+    def _validates_otherwise(self, changed: Sequence[str]) -> bool:
+        """Tell whether the errors to come cannot be compared with the best one's, given the keys that have changed."""
+        if self.validation_pairs is None:
+            return False
+        if not self.best_settings:
+            return any(_changes_validation(key) for key in changed)
+        now = _validation_settings(self.config)
+        return any(self.best_settings.get(key, value) != value for key, value in now.items())
 
     def _read_checkpoint(self, path: Path) -> dict[str, Any]:
         """Return a checkpoint that only the first process reads: on several nodes the others may not have its disk."""
@@ -745,7 +767,7 @@ class Trainer:
             save_weights(self.average.model if self.average else self.model, path, training_record(self._facts()))
         except OSError as error:
             raise TrainingError(f"{path}: the weights could not be written ({error.strerror or error})") from error
-        self._write_metrics()
+        self._write_metrics_if_possible()
         self._tell("trained: %s", path)
 
     def _prepare_output_dir(self, held: ExitStack) -> None:
@@ -765,6 +787,12 @@ class Trainer:
         for name in ("*.pt", "metrics.json", FILE_NAME, "weights.safetensors"):
             for half_written in self.output_dir.glob(f".{name}.*.tmp"):  # by a process that was killed
                 half_written.unlink()
+
+    def _write_metrics_if_possible(self) -> None:
+        try:
+            self._write_metrics()
+        except OSError as error:  # a full disk is the checkpoints' to tell
+            logger.warning("%s: cannot be written (%s)", self.output_dir / "metrics.json", error.strerror or error)
 
     def _write_metrics(self) -> None:
         if not self.is_first:
@@ -856,6 +884,11 @@ def _modification_time(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
+def _validation_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return by full key what decides about the error of given weights."""
+    return {key: value for key, value in flatten_used(to_plain(config)).items() if _changes_validation(key)}
+
+
 def _changes_validation(key: str) -> bool:
     """Tell whether another value of this key makes other errors of the same weights."""
     harmless = "device", "cache_index", "layout"  # where pairs are rendered, or how they are found
@@ -916,17 +949,16 @@ def _check_clock(config: TrainConfig) -> None:
 
 def _how_rendered(config: DataConfig) -> dict[str, Any] | list[dict[str, Any] | None] | None:
     """Return the settings that lie beside rendered pairs on disk; with ``also``, those of every source, or None."""
-    settings = [
-        read_settings(Path(source.root), source.split) if source.kind == "scene_flow" and source.root else None
-        for source in (config.train, *config.also)
-    ]
+    settings = [rendered_settings(source) for source in (config.train, *config.also)]
     return settings if config.also and any(settings) else settings[0]
 
 
 def _open_validation(config: DatasetConfig | None) -> Dataset[StereoSample] | None:
     if config is None or (config.kind != "rendered" and config.root is None):
         return None
-    return open_dataset(config)
+    pairs = open_dataset(config)
+    check_truth(pairs, "data.validation")
+    return pairs
 
 
 def _choose_device(name: str) -> torch.device:

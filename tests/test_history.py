@@ -23,7 +23,11 @@ def test_lines_are_kept_up_to_the_step_a_run_goes_on_from(tmp_path: Path) -> Non
     history = History(tmp_path, -1)
     for step in (0, 10, 20):
         history.add({"step": step, "end_point_error": 2.0})
-    resumed = History(tmp_path, 10)
+    own = read_history(tmp_path / FILE_NAME)
+    for lines in (own, None):  # remembered by the run; of one that does not
+        resumed = History(tmp_path, 10, lines)
+        assert [line["step"] for line in resumed.lines] == [0, 10]
+    assert History(tmp_path, 10).lines == []  # of a run that begins where another one left its file
     resumed.add({"step": 20, "end_point_error": 1.0})
     assert [(line["step"], line["end_point_error"]) for line in read_history(tmp_path / FILE_NAME)] == [
         (0, 2.0),

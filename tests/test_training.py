@@ -344,6 +344,30 @@ def test_curves_that_cannot_be_written_do_not_stop_the_training(
     assert caplog.text.count("TensorBoard's file cannot be written (No space left on device)") == 1
 
 
+def test_metrics_that_cannot_be_written_do_not_stop_the_training(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: dict[str, Any] = {
+        "data__validation": DatasetConfig("pairs", str(pairs)), "trainer__validate_every_steps": 2,
+    }  # fmt: skip
+    trainer = Trainer(tiny_config(pairs, tmp_path, **changes))
+    write = Path.write_bytes
+    written: list[Path] = []
+
+    def full_after_the_first(path: Path, content: bytes) -> int:
+        if path.name.startswith(".metrics"):
+            written.append(path)
+            if len(written) > 1:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full_after_the_first)
+    with caplog.at_level(logging.WARNING, logger="fa_stereo"):
+        assert trainer.run().finished
+    assert "metrics.json: cannot be written (No space left on device)" in caplog.text
+    assert (tmp_path / "weights.safetensors").is_file()
+
+
 def test_an_output_folder_that_cannot_be_written_is_told_at_once(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"file/run: cannot be written .* choose another output_dir"):

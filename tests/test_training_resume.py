@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +283,86 @@ def test_the_best_so_far_is_of_the_same_validation_pairs(pairs: Path, tmp_path: 
     for root, kept in ((pairs, True), (other, False)):
         changed = tiny_config(pairs, folder, data__validation=DatasetConfig("pairs", str(root)), trainer__epochs=2)
         assert bool(Trainer(changed).best) == kept
+
+
+def test_the_best_of_other_validation_pairs_does_not_come_back(pairs: Path, tmp_path: Path) -> None:
+    """Nor after a stretch without any validation, which no error of the time before can be compared with."""
+    other, folder = write_pairs(tmp_path / "other", count=2), tmp_path / "run"
+    first, second = DatasetConfig("pairs", str(pairs)), DatasetConfig("pairs", str(other))
+    Trainer(tiny_config(pairs, folder, data__validation=first, trainer__epochs=1)).run()
+    Trainer(tiny_config(pairs, folder, data__validation=None, trainer__epochs=2)).run()
+    for validation, kept in ((first, True), (second, False)):
+        assert bool(Trainer(tiny_config(pairs, folder, data__validation=validation, trainer__epochs=3)).best) == kept
+
+
+def test_a_history_that_another_run_left_is_not_this_ones(pairs: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    changes: dict[str, Any] = {
+        "data__validation": DatasetConfig("pairs", str(pairs)), "trainer__validate_every_steps": 1,
+    }  # fmt: skip
+    Trainer(tiny_config(pairs, old, trainer__epochs=2, **changes)).run()
+    left = [{"step": step, "end_point_error": 99.0} for step in (1, 2)]  # by a run that was killed before it saved
+    for folder, resume, steps in ((new, str(old / "last.pt"), [1, 2, 3, 4, 5, 6]), (tmp_path / "fresh", None, [1])):
+        folder.mkdir()
+        (folder / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in left))
+        epochs = 4 if resume else 1
+        Trainer(tiny_config(pairs, folder, trainer__resume=resume, trainer__epochs=epochs, **changes)).run()
+        lines = read_history(folder / FILE_NAME)
+        assert [line["step"] for line in lines] == steps
+        assert all(line["end_point_error"] != 99.0 for line in lines)
+
+
+def test_a_bad_training_pair_does_not_cost_the_training_so_far(tmp_path: Path) -> None:
+    pairs, folder = write_pairs(tmp_path / "pairs", count=12), tmp_path / "run"
+    config = tiny_config(pairs, folder, trainer__checkpoint_every_steps=500)
+    trainer = Trainer(config)
+    picture = pairs / "left" / f"{trainer.stream[9]['name']}.png"  # of the third step
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:99])
+    with pytest.raises(InputError, match=picture.name):
+        trainer.run()
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 2
+    picture.write_bytes(whole)
+    assert Trainer(config).run().step == 12
+    undisturbed = Trainer(dataclasses.replace(config, output_dir=str(tmp_path / "other"))).run()
+    a, b = (torch.load(run / "last.pt", weights_only=True)["model"] for run in (folder, undisturbed.output_dir))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_fewer_steps_than_were_taken_end_the_run_where_it_is(
+    pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: dict[str, Any] = {
+        "data__validation": DatasetConfig("pairs", str(pairs)), "trainer__validate_every_steps": 100,
+        "trainer__epochs": 40,
+    }  # fmt: skip
+    trainer = Trainer(tiny_config(pairs, tmp_path, **changes))
+    batches = trainer._batches()
+    for _ in range(3):
+        trainer.train_step(next(batches))
+        trainer.step += 1
+    tmp_path.mkdir(exist_ok=True)
+    trainer._save("last.pt")
+    with caplog.at_level(logging.INFO):
+        result = Trainer(tiny_config(pairs, tmp_path, trainer__max_steps=2, **changes)).run()
+    assert "3 steps are taken already, more than the 2 asked for" in caplog.text
+    assert (result.step, result.finished) == (3, True)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["validated_step"] == 3
+    assert (tmp_path / "weights.safetensors").is_file()
+
+
+def test_pairs_without_ground_truth_are_told_before_the_first_step(pairs: Path, tmp_path: Path) -> None:
+    bare = write_pairs(tmp_path / "bare")
+    shutil.rmtree(bare / "disparity")
+    source = DatasetConfig("pairs", str(bare))
+    for key, changes in (
+        ("data.validation", {"data__validation": source}),
+        ("data.validation", {"data__validation": dataclasses.replace(source, limit=1)}),
+        ("data.train", {"data__train__root": str(bare)}),
+        ("data.also.0", {"data__also": [{"kind": "pairs", "root": str(bare)}]}),
+    ):
+        with pytest.raises(InputError, match=f"{key}: there are pictures, but no ground truth"):
+            Trainer(tiny_config(pairs, tmp_path / "run", **changes))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks there")

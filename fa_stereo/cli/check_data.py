@@ -28,6 +28,7 @@ from fa_stereo.data.scene_flow import (
     LAYOUTS,
     SCENE_FLOW_SETS,
     AbsentSplitError,
+    SceneFlowFrames,
     available_sets,
     detect_layout,
     list_scene_flow,
@@ -237,12 +238,16 @@ def _scene_flow(root: Path, arguments: argparse.Namespace, report: Report) -> It
                 for (split_of_part, part), expected_of_part in EXPECTED_FRAMES_OF_PART.items()
                 if split_of_part == split and (part.startswith("TEST") or part.startswith(set_name))
             ]
-            yield FileDataset(listing.frames)
+            yield SceneFlowFrames(listing.frames)
 
 
 def _others(root: Path, arguments: argparse.Namespace, report: Report) -> Iterator[Dataset[StereoSample]]:
     split = "all" if arguments.kind.startswith("kitti") else "train"
-    dataset = open_dataset(DatasetConfig(arguments.kind, str(root), split, arguments.resolution))
+    try:
+        dataset = open_dataset(DatasetConfig(arguments.kind, str(root), split, arguments.resolution))
+    except InputError as error:
+        report.missing.append(str(error))
+        return
     assert isinstance(dataset, FileDataset)
     found = sum(frame.disparity is not None for frame in dataset.frames)
     what = "frames with ground truth"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
 
@@ -11,10 +12,12 @@ from fa_stereo.config import DataConfig, DatasetConfig
 from fa_stereo.data.eth3d import Eth3d
 from fa_stereo.data.kitti import Kitti
 from fa_stereo.data.middlebury import Middlebury2006, Middlebury2014, MiddleburyV2
-from fa_stereo.data.pairs import OwnPairs
+from fa_stereo.data.pairs import FileDataset, OwnPairs
+from fa_stereo.data.rendered import read_settings
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.scene_flow import SceneFlow
 from fa_stereo.errors import InputError
+from fa_stereo.files import expand_user
 
 
 def open_dataset(config: DatasetConfig) -> Dataset[StereoSample]:
@@ -42,7 +45,8 @@ def open_training_pairs(config: DataConfig) -> Dataset[StereoSample]:
     Where horizontal flips are asked for, the first pair of every source is read, to see whether it can be flipped.
 
     Raises:
-        InputError: As for ``open_dataset``, with the part's place; or a source cannot be flipped.
+        InputError: As for ``open_dataset``, with the part's place; or a source has no ground truth, or cannot be
+            flipped.
     """
     parts = [open_dataset(config.train)]
     for i, part in enumerate(config.also):
@@ -50,8 +54,10 @@ def open_training_pairs(config: DataConfig) -> Dataset[StereoSample]:
             parts.append(open_dataset(part))
         except InputError as error:
             raise InputError(f"data.also.{i}: {error}") from error
+    names = ["data.train", *(f"data.also.{i}" for i in range(len(config.also)))]
+    for name, pairs in zip(names, parts, strict=True):
+        check_truth(pairs, name)
     if config.augmentation.horizontal_flip > 0:
-        names = ["data.train", *(f"data.also.{i}" for i in range(len(config.also)))]
         for name, source, pairs in zip(names, (config.train, *config.also), parts, strict=True):
             if source.kind != "rendered" and len(pairs) and pairs[0].right_disparity is None:  # type: ignore[arg-type]
                 remedy = f"{name}.scene_flow.right_disparity=true" if source.kind == "scene_flow" else "another source"
@@ -62,6 +68,37 @@ def open_training_pairs(config: DataConfig) -> Dataset[StereoSample]:
     if config.render_workers:
         parts = _pool_rendered(parts, config.render_workers)
     return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+
+
+def check_truth(dataset: Dataset[StereoSample], name: str) -> None:
+    """Make sure, without reading a pair, that a data set has disparities to train or validate by.
+
+    Raises:
+        InputError: It has none.
+    """
+    parts = [dataset]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, ConcatDataset):
+            parts += part.datasets
+        elif isinstance(part, LimitedDataset):
+            parts.append(part.dataset)
+        elif not isinstance(part, FileDataset) or any(frame.disparity is not None for frame in part.frames):
+            return
+    raise InputError(f"{name}: there are pictures, but no ground truth: see data/README.md for where it should lie")
+
+
+def rendered_settings(config: DatasetConfig) -> dict[str, Any] | None:
+    """Return how the pairs of a folder were rendered (see ``read_settings``), None for what was not.
+
+    Raises:
+        InputError: The file that should say so is damaged.
+    """
+    if config.kind != "scene_flow" or not config.root:
+        return None
+    found = {split: read_settings(expand_user(config.root), split) for split in scene_flow_splits(config)}
+    known = {split: settings for split, settings in found.items() if settings is not None}
+    return next(iter(known.values())) if len(found) == 1 and known else known or None
 
 
 def _pool_rendered(parts: list[Dataset[StereoSample]], workers: int) -> list[Dataset[StereoSample]]:
@@ -99,7 +136,7 @@ class LimitedDataset(Dataset[StereoSample]):
 def _open(config: DatasetConfig) -> Dataset[StereoSample]:
     root = checked_root(config.root, config.kind)
     if config.kind == "scene_flow":
-        splits = ("train", "test") if config.split == "all" else (config.split,)
+        splits = scene_flow_splits(config)
         parts = [SceneFlow(root, split, config.scene_flow) for split in splits]
         return parts[0] if len(parts) == 1 else ConcatDataset(parts)
     if config.kind in ("kitti2012", "kitti2015"):
@@ -115,6 +152,13 @@ def _open(config: DatasetConfig) -> Dataset[StereoSample]:
     return OwnPairs(root)
 
 
+def scene_flow_splits(config: DatasetConfig) -> tuple[str, ...]:
+    """Return the splits of Scene Flow that are read; ``test`` has FlyingThings3D only."""
+    if config.split != "all":
+        return (config.split,)
+    return ("train", "test") if "flyingthings3d" in config.scene_flow.sets else ("train",)
+
+
 def checked_root(root: str | None, kind: str) -> Path:
     """Return the folder of a data set.
 
@@ -123,7 +167,7 @@ def checked_root(root: str | None, kind: str) -> Path:
     """
     if not root:
         raise InputError(f"root is not given: name the folder of {kind} (data/README.md says how it is laid out)")
-    folder = Path(root).expanduser()
+    folder = expand_user(root)
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; data/README.md says where {kind} comes from and how it is laid out"

@@ -303,8 +303,12 @@ def write_pfm(path: str | Path, values: NDArray[np.floating[Any]]) -> None:
 # disparity
 
 
-def read_disparity(path: str | Path) -> NDArray[np.float32]:
+def read_disparity(path: str | Path, *, either_sign: bool = False) -> NDArray[np.float32]:
     """Read a disparity map by its extension: ``.pfm``, KITTI's 16-bit ``.png``, or ``.npy``.
+
+    Args:
+        path: Of the map.
+        either_sign: It may be negative throughout (see ``clean_disparity``).
 
     Returns:
         float32 [H, W] in pixels, zero or more, inf = no ground truth (see ``clean_disparity``).
@@ -317,24 +321,24 @@ def read_disparity(path: str | Path) -> NDArray[np.float32]:
         values = read_pfm(path)
         if values.ndim != 2:
             raise InputError(f"{path}: a colour PFM where a disparity of one channel was expected")
-        return clean_disparity(values)
+        return clean_disparity(values, either_sign=either_sign)
     if extension == ".png":
         return read_kitti_disparity(path)
     if extension == ".npy":
-        return clean_disparity(_read_npy(path))
+        return clean_disparity(_read_npy(path), either_sign=either_sign)
     raise InputError(f"{path}: unknown disparity format; use {', '.join(DISPARITY_EXTENSIONS)}")
 
 
-def clean_disparity(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return [H, W] with positive sign and with inf for every pixel without ground truth.
+def clean_disparity(values: NDArray[np.float32], *, either_sign: bool = False) -> NDArray[np.float32]:
+    """Return [H, W] with inf for every pixel without ground truth: where it is NaN, infinite or negative.
 
-    A map without any positive value has the opposite sign throughout, as in the DispNet subset of Scene Flow, and is
-    negated, unless it is -1 throughout. Elsewhere NaN, -inf and negative values mean that nothing is known.
+    With ``either_sign``, a map without any positive value has the opposite sign throughout, as in the DispNet subset of
+    Scene Flow, and is negated first, unless it is -1 throughout.
     """
     finite = np.isfinite(values)
     if finite.all() and values.min() >= 0:
         return values
-    if not (values[finite] > 0).any() and not (values[finite] == -1).all():
+    if either_sign and not (values[finite] > 0).any() and not (values[finite] == -1).all():
         values = np.where(finite, -values, values)
     return np.where(finite & (values >= 0), values, np.float32(np.inf)).astype(np.float32)
 
@@ -416,6 +420,8 @@ def _read_npy(path: str | Path) -> NDArray[np.float32]:
         raise InputError(f"{path}: not a NumPy array file, or a damaged one; save it again with numpy.save") from error
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "fiu":
         raise InputError(f"{path}: a disparity is an array [H, W] of numbers")
+    if not values.size:
+        raise InputError(f"{path}: an empty array of shape {list(values.shape)}; save the disparity again")
     return np.asarray(values, dtype=np.float32)
 
 

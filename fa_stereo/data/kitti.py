@@ -49,7 +49,8 @@ class Kitti(FileDataset):
 
     def __init__(self, root: str | Path, year: int, split: str = "train") -> None:
         root, names = Path(root), _FOLDERS[year]
-        part = root / ("testing" if split == "test" else "training")
+        name = "testing" if split == "test" else "training"
+        part = root / name
         if not part.is_dir() and split != "test" and (root / names.left).is_dir():
             part = root
         needed = [names.left, names.right] + ([names.all_pixels] if split != "test" else [])
@@ -60,7 +61,7 @@ class Kitti(FileDataset):
             needed.append(names.non_occluded)
         frames: list[FrameFiles] = []
         missing: list[str] = []
-        stems = {path.stem for folder in needed for path in (part / folder).glob("*_10.png")}
+        stems = {path.stem for folder in needed for path in (part / folder).glob("[!.]*_10.png")}
         for stem in sorted(stems):
             if not _is_of_split(stem, split):
                 continue
@@ -68,7 +69,7 @@ class Kitti(FileDataset):
             missing += [file for file in files.values() if not Path(file).is_file()]
             frames.append(
                 FrameFiles(
-                    f"{part.name}/{stem}",
+                    f"{name}/{stem}",
                     files[names.left],
                     files[names.right],
                     disparity=files.get(names.all_pixels),

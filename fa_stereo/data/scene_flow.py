@@ -17,10 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fa_stereo.config import SceneFlowConfig
-from fa_stereo.data.formats import read_bytes, write_bytes
+from fa_stereo.data.formats import read_bytes, read_disparity, write_bytes
 from fa_stereo.data.pairs import FileDataset, FrameFiles, few
 from fa_stereo.errors import InputError
+from fa_stereo.files import expand_user
 
 # Frames of the full download by set and split, per pass.
 EXPECTED_FRAMES: dict[tuple[str, str], int] = {
@@ -76,7 +80,15 @@ class _Source:
     key_prefix: str = ""  # between the pictures' and the disparities' folders and the keys, as "TRAIN"
 
 
-class SceneFlow(FileDataset):
+class SceneFlowFrames(FileDataset):
+    """Any frames of Scene Flow, whose DispNet subset has negative disparities."""
+
+    def read_disparity(self, path: str) -> NDArray[np.float32]:
+        """Return the disparity of a view, float32 [H, W], with positive sign, inf = no ground truth."""
+        return read_disparity(path, either_sign=True)
+
+
+class SceneFlow(SceneFlowFrames):
     """Scene Flow's frames; names are the same in every layout.
 
     Names are ``TRAIN/A/0000/left/0006``, ``monkaa/<scene>/left/0048`` and ``driving/15mm_focallength/.../left/0400``;
@@ -373,7 +385,7 @@ def _scene_key(name: str) -> str:
 def _read_unused_files(path: str | None) -> set[str]:
     if path is None:
         return set()
-    text = read_bytes(path).decode("utf-8", errors="replace").replace("\\", "/")
+    text = read_bytes(expand_user(path)).decode("utf-8", errors="replace").replace("\\", "/")
     unused = {_scene_key(line) for line in text.splitlines()} - {""}
     if not unused:
         raise InputError(f"{path}: no line names a FlyingThings3D frame such as TRAIN/A/0000/left/0006.png")
@@ -384,8 +396,8 @@ def _read_unused_files(path: str | None) -> set[str]:
 # the index on the disk
 
 
-def _index_paths(root: Path, split: str, config: SceneFlowConfig) -> tuple[Path, Path]:
-    """Return the index's place beside the data, and the one in the user's cache folder."""
+def _index_paths(root: Path, split: str, config: SceneFlowConfig) -> list[Path]:
+    """Return the index's place beside the data, and the one in the user's cache folder, if the user has one."""
     what: dict[str, Any] = {
         "version": _INDEX_VERSION,
         "split": split,
@@ -395,12 +407,11 @@ def _index_paths(root: Path, split: str, config: SceneFlowConfig) -> tuple[Path,
         "right_disparity": config.right_disparity,
         "unused": sorted(_read_unused_files(config.unused_files)),
     }
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    elsewhere = {**what, "root": str(root.resolve())}
-    return (
-        root / ".fa_stereo" / f"scene_flow-{_digest(what)}.json",
-        cache / "fa_stereo" / f"scene_flow-{_digest(elsewhere)}.json",
-    )
+    places = [root / ".fa_stereo" / f"scene_flow-{_digest(what)}.json"]
+    cache = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if cache.is_absolute():
+        places.append(cache / "fa_stereo" / f"scene_flow-{_digest({**what, 'root': str(root.resolve())})}.json")
+    return places
 
 
 def _digest(what: dict[str, Any]) -> str:
@@ -437,10 +448,8 @@ def _write_index(root: Path, split: str, config: SceneFlowConfig, listing: Scene
     ]
     index = {"folder_times_ns": times_ns, "frames": frames}
     content = json.dumps(index, separators=(",", ":")).encode()
-    beside, elsewhere = _index_paths(root, split, config)
-    for path, may_write in ((beside, bool(root.stat().st_mode & 0o222)), (elsewhere, True)):
-        if not may_write:
-            continue  # write-protected, even where the superuser could write all the same
+    protected = not root.stat().st_mode & 0o222  # even where the superuser could write all the same
+    for path in _index_paths(root, split, config)[1 if protected else 0 :]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, content)

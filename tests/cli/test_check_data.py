@@ -162,6 +162,10 @@ def test_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert check_data.main([str(tmp_path), "--kind", "kitti2015"]) == 1
     assert check_data.main([str(tmp_path), "--kind", "kitti2015", "--partial"]) == 0
     assert "mean 12.50" in capsys.readouterr().out
+    (tmp_path / "training/image_3/000000_10.png").unlink()
+    report = tmp_path / "report.json"
+    assert check_data.main([str(tmp_path), "--kind", "kitti2015", "--partial", "--json", str(report)]) == 1
+    assert "image_3/000000_10.png" in json.loads(report.read_text())["missing"][0]
 
 
 def test_own_pairs_without_ground_truth_are_not_called_otherwise(

@@ -350,13 +350,15 @@ def test_unknown_pixels_become_inf_and_zero_stays() -> None:
 
 def test_all_negative_maps_are_negated() -> None:
     values = np.array([[-4, -2.5, 0, np.nan]], np.float32)
-    np.testing.assert_array_equal(clean_disparity(values), [[4, 2.5, 0, np.inf]])
+    np.testing.assert_array_equal(clean_disparity(values, either_sign=True), [[4, 2.5, 0, np.inf]])
+    np.testing.assert_array_equal(clean_disparity(values), [[np.inf, np.inf, 0, np.inf]])
 
 
 @pytest.mark.parametrize("values", [[np.nan, np.inf, -np.inf], [-1, -1, -1], [-1, np.inf, -1]])
 def test_map_without_any_ground_truth_is_all_inf(values: list[float]) -> None:
     """-1 is how some write that nothing is known."""
-    assert np.isposinf(clean_disparity(np.array([values], np.float32))).all()
+    for either_sign in (False, True):
+        assert np.isposinf(clean_disparity(np.array([values], np.float32), either_sign=either_sign)).all()
 
 
 def test_kitti_disparity_is_value_over_256_and_zero_is_unknown(tmp_path: Path) -> None:
@@ -410,7 +412,8 @@ def test_npy_with_pickle_or_damage_or_another_shape_is_refused(tmp_path: Path) -
     np.save(tmp_path / "words.npy", np.array([["a"]]))
     np.save(tmp_path / "whole.npy", np.zeros((9, 9)))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:200])
-    for name in ("pickle", "text", "cube", "words", "cut"):
+    np.save(tmp_path / "empty.npy", np.zeros((0, 64)))
+    for name in ("pickle", "text", "cube", "words", "cut", "empty"):
         with pytest.raises(InputError, match=rf"{name}\.npy"):
             read_disparity(tmp_path / f"{name}.npy")
 

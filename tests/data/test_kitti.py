@@ -75,9 +75,14 @@ def test_benchmark_frames_have_no_truth(tmp_path: Path) -> None:
     assert dataset[0].disparity is None
 
 
-def test_training_folder_itself_may_be_the_root(tmp_path: Path) -> None:
+def test_training_folder_itself_may_be_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_kitti(tmp_path, 2015, [7])
-    assert len(Kitti(tmp_path / "training", 2015)) == 1
+    for folder in (tmp_path / "training").iterdir():
+        (folder / "._000007_10.png").write_bytes(b"what some systems put beside a file")
+    dataset = Kitti(tmp_path / "training", 2015)
+    assert [frame.name for frame in dataset.frames] == ["training/000007_10"]
+    monkeypatch.chdir(tmp_path / "training")
+    assert [frame.name for frame in Kitti(".", 2015).frames] == ["training/000007_10"]
 
 
 def test_incomplete_data_are_refused(tmp_path: Path) -> None:

@@ -205,6 +205,24 @@ def test_negative_disparities_of_the_dispnet_subset_become_positive(tmp_path: Pa
     assert (sample.disparity == 7).all()
 
 
+def test_both_splits_of_sets_without_a_test_split_are_the_one_there_is(tmp_path: Path) -> None:
+    make_tree(tmp_path, "official")
+    config = DatasetConfig("scene_flow", str(tmp_path), "all", scene_flow=SceneFlowConfig(sets=["driving"]))
+    assert len(open_dataset(config)) == len(TRAIN_NAMES[11:])  # type: ignore[arg-type]
+
+
+def test_a_user_without_a_home_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tree(tmp_path / "data", "official")
+    (tmp_path / "data").chmod(0o555)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert names(SceneFlow(tmp_path / "data")) == TRAIN_NAMES
+    (tmp_path / "data").chmod(0o755)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    assert not (tmp_path / "data/.fa_stereo").exists()
+
+
 # --- half there
 
 
