@@ -770,6 +770,10 @@ class EvaluateConfig:
             raise InputError(f"method=sgbm has no weights: leave out checkpoint={self.checkpoint}")
         if self.method == "sgbm" and self.confidence:
             raise InputError("method=sgbm has no confidence: leave out confidence=true")
+        if self.method == "sgbm" and self.regression is not None:
+            raise InputError(f"method=sgbm has a regression of its own: leave out regression={self.regression}")
+        if self.method == "sgbm" and self.precision not in ("auto", "fp32"):
+            raise InputError(f"method=sgbm computes in integers: leave out precision={self.precision}")
         if self.method == "sgbm" and self.tile is not None:
             raise InputError("method=sgbm computes whole pictures: leave out tile")
         if self.dataset.kind != "rendered" and self.dataset.root is None:

@@ -49,6 +49,7 @@ disparity and its confidence, [2, H, W]."""
 
 METRICS_FILE = "metrics.json"
 PER_IMAGE_FILE = "per_image.csv"
+_NAMES = "surrogateescape"  # how the table holds names of files that are no text
 
 _METRIC_TITLES = {"end_point_error": "EPE px", "bad_1": "bad-1 %", "bad_2": "bad-2 %", "bad_3": "bad-3 %", "d1": "D1 %"}
 _REGION_TITLES = {"all": "all", "noc": "non-occluded", "occ": "occluded"}
@@ -370,7 +371,7 @@ class EvaluationResult:
         """
         folder = prepare_folder(folder)
         write_bytes(folder / METRICS_FILE, (json.dumps(self.to_plain(), indent=2, allow_nan=False) + "\n").encode())
-        write_bytes(folder / PER_IMAGE_FILE, self._csv().encode())
+        write_bytes(folder / PER_IMAGE_FILE, self._csv().encode(errors=_NAMES))
 
     def _csv(self) -> str:
         regions = [region for region in REGIONS if any(region in image.regions for image in self.per_image)]
@@ -597,12 +598,12 @@ def _read_per_image(path: Path, metric: str) -> tuple[dict[str, float], dict[str
 
     That is the height, the width and how many pixels count, as they are written.
     """
-    rows = csv.DictReader(io.StringIO(read_bytes(path).decode("utf-8", "replace"), newline=""))
+    rows = csv.DictReader(io.StringIO(read_bytes(path).decode(errors=_NAMES), newline=""))
     columns = rows.fieldnames or []
     if not {"name", "skipped"} <= set(columns):
         raise InputError(f"{path}: not a per-image table of 'fa-stereo evaluate'")
-    if metric not in columns:
-        known = [column for column in columns if column.endswith(METRICS)]
+    known = [column for column in columns if column.removeprefix("noc_").removeprefix("occ_") in METRICS]
+    if metric not in known:
         raise InputError(f"{path}: there is no metric {metric!r}; known there: {', '.join(known)}")
     values: dict[str, float] = {}
     areas: dict[str, tuple[str, ...]] = {}
@@ -618,7 +619,16 @@ def _read_per_image(path: Path, metric: str) -> tuple[dict[str, float], dict[str
 
 
 def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
-    protocols, sources = zip(*(_read_source(folder / METRICS_FILE) for folder in (folder_a, folder_b)), strict=True)
+    protocols, sources, rendered = zip(
+        *(_read_source(folder / METRICS_FILE) for folder in (folder_a, folder_b)), strict=True
+    )
+    if None not in rendered and rendered[0] != rendered[1]:  # of which the same names are other pictures, too
+        a, b = (flatten(settings) for settings in rendered)
+        key = next(key for key in {**a, **b} if a.get(key) != b.get(key))
+        raise InputError(
+            f"{folder_a} and {folder_b} are evaluations of different images: they were rendered with {key} "
+            f"{a.get(key)} for one and {b.get(key)} for the other; evaluate both on the same data set"
+        )
     if None not in sources and sources[0] != sources[1]:
         key = next(key for key in {**sources[0], **sources[1]} if sources[0].get(key) != sources[1].get(key))
         a, b = (source.get(key) for source in sources)
@@ -635,18 +645,21 @@ def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
             )
 
 
-def _read_source(path: Path) -> tuple[ProtocolConfig, dict[str, Any] | None]:
-    """Return an evaluation's protocol and what makes its images, by full key; None where that was not recorded."""
+def _read_source(path: Path) -> tuple[ProtocolConfig, dict[str, Any] | None, dict[str, Any] | None]:
+    """Return an evaluation's protocol, what makes its images, by full key, and how they were rendered to files.
+
+    Of the last two, None where it was not recorded.
+    """
     try:
         content = json.loads(read_bytes(path))
         protocol = from_plain(ProtocolConfig, content["protocol"], where=f"{path}: protocol")
         dataset = content.get("source", {}).get("dataset")
         if dataset is None:
-            return protocol, None
+            return protocol, None, None
         images = {"dataset.kind": dataset["kind"]}
         if dataset["kind"] == "rendered":  # of which the same names can be other pictures
             rendered = flatten({**to_plain(RenderConfig()), **dataset["rendered"]}, "dataset.rendered.")
             images |= {k: v for k, v in rendered.items() if k.rpartition(".")[2] not in ("samples", "device")}
-        return protocol, images
+        return protocol, images, content["source"].get("rendered_pairs")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a result of 'fa-stereo evaluate'") from error

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fa_stereo.errors import InputError
 
+LARGEST_RANGE = 2032  # OpenCV's result is int16 in sixteenths
 BLOCK_SIZE = 5
 SMALL_STEP_PENALTY = 600
 LARGE_STEP_PENALTY = 2400
@@ -32,13 +33,13 @@ def match_semi_global(
     Args:
         left: uint8 RGB [H, W, 3] or grey [H, W].
         right: Likewise, of the same size.
-        max_disparity: Number of disparities searched, from 0; a multiple of 16.
+        max_disparity: Number of disparities searched, from 0; a multiple of 16, at most ``LARGEST_RANGE``.
 
     Returns:
         Left disparity in pixels, float32 [H, W], in steps of 1/16, finite everywhere.
 
     Raises:
-        InputError: The views differ in size or ``max_disparity`` is no positive multiple of 16.
+        InputError: The views differ in size, or ``max_disparity`` is no positive multiple of 16 or too large.
 
     Examples:
         >>> texture = np.random.default_rng(0).integers(0, 256, (40, 200), np.uint8)
@@ -52,6 +53,8 @@ def match_semi_global(
         raise InputError(
             f"max_disparity of semi-global matching must be a positive multiple of 16, got {max_disparity}"
         )
+    if max_disparity > LARGEST_RANGE:
+        raise InputError(f"max_disparity of semi-global matching must be at most {LARGEST_RANGE}, got {max_disparity}")
     matcher = cv2.StereoSGBM.create(
         minDisparity=0,
         numDisparities=max_disparity,

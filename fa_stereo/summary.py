@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fa_stereo.config import AttentionConfig, DatasetConfig, ModelConfig, RenderConfig, TrainConfig, flatten, to_plain
 from fa_stereo.errors import InputError
+from fa_stereo.files import LOCK_FILE
 from fa_stereo.history import FILE_NAME, read_history
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_model, read_record
@@ -134,7 +136,8 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[Path]]:
         paths: The folders.
 
     Returns:
-        The finished runs, in the order of the folders and their names; the folders of those that are not finished.
+        The finished runs, in the order of the folders and their names; the folders of those that are not finished, or
+        have no validation.
 
     Raises:
         InputError: A folder is missing or holds no run, or a file of a run is damaged.
@@ -143,8 +146,9 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[Path]]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise InputError(f"{path}: there is no such folder of runs")
-        found = [file.parent for file in path.rglob(FILE_NAME)]
-        if not found:
+        walk = [(Path(folder), names) for folder, _, names in os.walk(path, followlinks=True)]
+        found = [folder for folder, names in walk if FILE_NAME in names or LOCK_FILE in names]
+        if not any((folder / FILE_NAME).exists() for folder in found):
             raise InputError(
                 f"{path}: no run in it has a {FILE_NAME}: runs of 'fa-stereo train' with validation write one"
             )
@@ -165,9 +169,9 @@ def _natural_order(text: str) -> list[tuple[int, str]]:
 
 
 def _read_run(folder: Path) -> Run | None:
-    """Return a run, or None if it is not finished: it has no weights yet, or went on after they were written."""
+    """Return a run, or None if it has no validation or is not finished: no weights, or it went on after them."""
     weights = folder / "weights.safetensors"
-    if not weights.exists():
+    if not weights.exists() or not (folder / FILE_NAME).exists():
         return None
     record, history = read_record(weights), read_history(folder / FILE_NAME)
     if not isinstance(record.get("training"), dict) or "trainer.seed" not in record["training"]:

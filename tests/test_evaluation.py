@@ -486,6 +486,23 @@ def test_pictures_of_one_name_are_not_always_the_same(tmp_path: Path) -> None:
         compare(*kitti)
 
 
+def test_files_of_one_name_may_be_rendered_otherwise(tmp_path: Path) -> None:
+    """All folders that fa-stereo render writes have the same names in them."""
+
+    def run(name: str, seed: int | None) -> Path:
+        result = evaluate(brightness, Samples())
+        result.source = {"dataset": to_plain(DatasetConfig("scene_flow", f"/data/{name}"))}
+        if seed is not None:
+            result.source["rendered_pairs"] = {"seed": seed, "plain": 0.1}
+        return saved(tmp_path / name, result)
+
+    first = run("first", 7)
+    with pytest.raises(InputError, match="different images: they were rendered with seed 7 for one and 8 for the"):
+        compare(first, run("second", 8))
+    assert compare(first, run("again", 7)).difference == 0
+    assert compare(first, run("unknown", None)).difference == 0
+
+
 def test_pictures_of_one_name_and_another_size(two_runs: tuple[Path, Path]) -> None:
     path = two_runs[1] / "per_image.csv"
     lines = path.read_text().splitlines(keepends=True)
@@ -505,6 +522,9 @@ def test_what_cannot_be_compared_is_refused(two_runs: tuple[Path, Path], tmp_pat
         compare(a, saved(tmp_path / "other", evaluate(brightness, Samples(), ProtocolConfig(min_disparity=None))))
     with pytest.raises(InputError, match="no metric 'epe'; known there: end_point_error, bad_1"):
         compare(a, b, metric="epe")
+    for column in ("pixels", "height", "index"):
+        with pytest.raises(InputError, match=f"no metric '{column}'"):
+            compare(a, b, metric=column)
     with pytest.raises(InputError, match=r"nowhere.metrics\.json: no such file"):
         compare(a, tmp_path / "nowhere")
     with pytest.raises(InputError, match="samples must be positive"):

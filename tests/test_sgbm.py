@@ -95,5 +95,7 @@ def test_wrong_input_is_refused() -> None:
     left, right = textured_pair(4)
     with pytest.raises(InputError, match="one size"):
         match_semi_global(left, right[:, 1:])
+    with pytest.raises(InputError, match="at most 2032, got 2048"):
+        match_semi_global(left, right, max_disparity=2048)
     with pytest.raises(InputError, match="multiple of 16, got 100"):
         match_semi_global(left, right, max_disparity=100)

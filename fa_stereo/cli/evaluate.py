@@ -39,6 +39,7 @@ def run(config: EvaluateConfig) -> int:
     """Evaluate, write ``metrics.json``, ``per_image.csv`` and the pictures asked for, and print the table."""
     from fa_stereo import __version__, distributed
     from fa_stereo.data import open_dataset
+    from fa_stereo.data.datasets import rendered_settings
     from fa_stereo.evaluation import evaluate, select_images
     from fa_stereo.machine import compute_float32_in_full
     from fa_stereo.memory import keep_freed_memory
@@ -62,6 +63,8 @@ def run(config: EvaluateConfig) -> int:
     )
     result.notes[:0] = deviations(config)
     result.source = {**description, "dataset": to_plain(config.dataset), "fa_stereo": __version__}
+    if (rendered := rendered_settings(config.dataset)) is not None:
+        result.source["rendered_pairs"] = rendered
     if distributed.rank() == 0:  # first, as nothing that cannot be written may take it along
         print(f"{_subject(description)} on {_describe_dataset(config.dataset)}")
         print(result.table(), flush=True)
@@ -224,16 +227,26 @@ class PictureWriter:
         write_picture(path, colorize_error(image.prediction, image.target, image.valid))
 
     def write_worst(self, result: EvaluationResult) -> None:
-        """Write those of this process's images that are among the worst of all processes, numbered from the worst."""
+        """Write those of this process's images that are among the worst of all processes, numbered from the worst.
+
+        The first process removes those that an evaluation before has left.
+        """
+        from fa_stereo import distributed
         from fa_stereo.data.formats import write_picture
         from fa_stereo.evaluation import prepare_folder
 
         own = {image.errors.index: image for _, _, image in self.worst}
-        for place, errors in enumerate(result.worst(self.count), start=1):
-            if errors.index in own:
-                folder = prepare_folder(self.folder / "worst")
-                name = errors.name.strip("/").replace("/", "_")
-                write_picture(folder / f"{place:03d}_{name}.png", _sheet(own[errors.index]))
+        names = {
+            f"{place:03d}_{errors.name.strip('/').replace('/', '_')}.png": errors.index
+            for place, errors in enumerate(result.worst(self.count), start=1)
+        }
+        for name, index in names.items():
+            if index in own:
+                write_picture(prepare_folder(self.folder / "worst") / name, _sheet(own[index]))
+        if distributed.rank() == 0 and self.count:
+            for file in (self.folder / "worst").glob("[0-9][0-9][0-9]_*.png"):
+                if file.name not in names:
+                    file.unlink(missing_ok=True)
 
     def write_contact_sheet(self) -> None:
         """Write the small pictures of all processes as one, an image a row; all processes call it, the first writes."""

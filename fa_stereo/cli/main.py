@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fa-stereo: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = importlib.import_module(COMMANDS[name][0])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text: as stderr, print them escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return int(command.main(rest))
     except (InputError, OSError) as error:

@@ -53,11 +53,13 @@ def main(argv: list[str]) -> int:
     size = parse_size(arguments.size) if arguments.size else None
     output = Path(arguments.output)
 
+    from fa_stereo.history import FILE_NAME
     from fa_stereo.summary import choose_baseline, find_runs, group_runs
 
     runs, unfinished = find_runs(arguments.runs)
     for folder in unfinished:
-        print(f"fa-stereo summarize: {folder} is not finished and is left out", file=sys.stderr)
+        reason = "is not finished" if (folder / FILE_NAME).exists() else "has no validation"
+        print(f"fa-stereo summarize: {folder} {reason} and is left out", file=sys.stderr)
     if not runs:
         raise InputError(
             f"none of the {len(unfinished)} runs is finished: the same 'fa-stereo train' goes on with them"

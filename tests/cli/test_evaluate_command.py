@@ -23,7 +23,7 @@ from fa_stereo.cli.main import main
 from fa_stereo.config import DATASET_KINDS, DatasetConfig, EvaluateConfig, ModelConfig, ProtocolConfig, SceneFlowConfig
 from fa_stereo.data.formats import read_picture, write_pfm
 from fa_stereo.errors import InputError
-from fa_stereo.evaluation import EvaluatedImage
+from fa_stereo.evaluation import EvaluatedImage, compare
 from fa_stereo.metrics import ErrorSums, ImageErrors
 from fa_stereo.models.checkpoint import save_weights
 from fa_stereo.models.psmnet import build_model
@@ -194,6 +194,8 @@ def test_sgbm_pictures_and_comparison(repository: Path, scene_flow: Path, tmp_pa
         (["method=sgbm", "checkpoint=x"], "method=sgbm has no weights"),
         (["method=sgbm", "confidence=true"], "method=sgbm has no confidence"),
         (["method=sgbm", "tile=16"], "method=sgbm computes whole pictures"),
+        (["method=sgbm", "regression=modal"], "method=sgbm has a regression of its own"),
+        (["method=sgbm", "precision=bf16"], "method=sgbm computes in integers: leave out precision=bf16"),
         (["tile=20"], "tile must be a positive multiple of 16, got 20"),
         (["max_disparity=0"], "max_disparity must be a positive multiple of 16, got 0"),
         (["dataset=kitti2015", "dataset.root=/nowhere/kitti"], "/nowhere/kitti"),
@@ -304,6 +306,31 @@ def test_every_deviation_is_told() -> None:
     assert "max_disparity is 96, not 192" in notes
     assert "averaging is image, not batch" in notes
     assert deviations(config_of(protocol=ProtocolConfig(name="my own"))) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_names_that_are_no_text_and_pictures_of_before(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        wide = rng.integers(0, 256, (32, 60 + index, 3), np.uint8)
+        name = os.fsdecode(b"caf\xe9%d" % index)
+        for folder, picture in (("left", wide[:, : 48 + index]), ("right", wide[:, 4 : 52 + index])):
+            (data / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(data / folder / f"{name}.png")
+        (data / "disparity").mkdir(exist_ok=True)
+        write_pfm(data / "disparity" / f"{name}.pfm", np.full((32, 48 + index), 4, np.float32))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fa_stereo.cli.main", "evaluate", "dataset=pairs", f"dataset.root={data}",
+               "method=sgbm", "workers=0", f"output_dir={out}"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    for worst in (3, 1):
+        done = subprocess.run(
+            [*command, f"worst={worst}"], capture_output=True, timeout=300, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(list((out / "worst").iterdir())) == worst
+    assert compare(out, out).images == 3
 
 
 def test_names_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:

@@ -78,6 +78,13 @@ def test_unfinished_runs_are_left_out_aloud(tmp_path: Path, capsys: pytest.Captu
     (write_run(tmp_path / "runs" / "1", seed=1) / "weights.safetensors").unlink()
     assert main(["summarize", str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
     assert "1 is not finished and is left out" in capsys.readouterr().err
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "0").symlink_to(tmp_path / "runs" / "0")
+    killed = tmp_path / "linked" / "killed"  # before its first validation
+    killed.mkdir()
+    (killed / ".lock").touch()
+    assert main(["summarize", str(tmp_path / "linked"), "-o", str(tmp_path / "out")]) == 0
+    assert "killed has no validation and is left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
