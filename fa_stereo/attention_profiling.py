@@ -41,6 +41,7 @@ from fa_stereo.memory import (
     return_large_blocks,
     start_peak,
 )
+from fa_stereo.models.features import SLOT_MAPS
 from fa_stereo.models.optimized import DTYPES, optimize_for_inference, prepare_for_training
 from fa_stereo.models.psmnet import StereoOutput, build_model
 
@@ -121,12 +122,12 @@ class Case:
         attention: Its configuration.
         scope: One of ``SCOPES``.
         mode: One of ``MODES``.
-        height: Of a picture in pixels, a multiple of 16; the block's map has a quarter of it.
+        height: Of a picture in pixels, a multiple of 16; the block's map has a share of it (``SLOT_MAPS``).
         width: Likewise.
         batch: Maps, pictures or pairs at once.
         precision: fp32; bf16 and fp16 are autocast.
-        base_channels: c of the network; the block's map has 4c channels.
-        slots: Of the network that hold a block.
+        base_channels: c of the network; the block's map has so many times c channels (``SLOT_MAPS``).
+        slots: Of the network that hold a block; for the block alone one, whose map it gets.
         max_disparity: Search range of the whole network in pixels.
         activation_checkpointing: In the training step of the whole network.
         device: cpu, cuda or cuda:N.
@@ -157,6 +158,8 @@ class Case:
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 raise InputError(f"the {name} must be a positive multiple of 16, got {getattr(self, name)}")
+        if self.scope == "block" and len(self.slots) != 1:
+            raise InputError(f"the block alone has the map of one slot, got {', '.join(self.slots) or 'none'}")
         for name in ("batch", "budget_bytes"):
             if getattr(self, name) < 1:
                 raise InputError(f"the {name.removesuffix('_bytes')} must be positive, got {getattr(self, name)}")
@@ -164,13 +167,19 @@ class Case:
 
     @property
     def channels(self) -> int:
-        """Channels of the block's map."""
-        return 4 * self.base_channels
+        """Channels of the block's map, the first one's."""
+        return SLOT_MAPS[self.slots[0]][0] * self.base_channels
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """Height and width of the block's map, with several the largest one's."""
+        scale = min(SLOT_MAPS[slot][1] for slot in self.slots)
+        return self.height // scale, self.width // scale
 
     @property
     def positions(self) -> int:
         """Positions of the block's map, of one picture."""
-        return self.height * self.width // 16
+        return math.prod(self.map_size)
 
     def model_config(self) -> ModelConfig:
         """Return the configuration of the network with the block."""
@@ -188,7 +197,7 @@ class Case:
         """
         if self.scope != "block" or self.precision != "fp32" or self.attention.kind == "none":
             return None
-        cost = block_cost(self.attention, self.channels, (self.height // 4, self.width // 4), self.batch)
+        cost = block_cost(self.attention, self.channels, self.map_size, self.batch)
         return cost.inference_bytes if self.mode == "inference" else cost.training_bytes
 
     def to_json(self) -> str:
@@ -226,14 +235,14 @@ def build_run(case: Case) -> Run:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
 
-    def random(channels: int, scale: int) -> Tensor:
-        values = torch.randn(case.batch, channels, case.height // scale, case.width // scale, generator=generator)
+    def random(channels: int, height: int, width: int) -> Tensor:
+        values = torch.randn(case.batch, channels, height, width, generator=generator)
         return values.to(case.device)
 
     if case.scope == "block":
         block = build_attention(case.attention, case.channels).to(case.device)
         randomize_zeros(block)
-        x, gradient = random(case.channels, 4), random(case.channels, 4)
+        x, gradient = random(case.channels, *case.map_size), random(case.channels, *case.map_size)
         if case.mode == "inference":
             return Run(_forward(case, block.eval(), lambda: block(x)), passed=x)
         x.requires_grad_()
@@ -249,7 +258,10 @@ def build_run(case: Case) -> Run:
     model = build_model(case.model_config())
     for block in model.features.attention.values():
         randomize_zeros(block)
-    left, right = random(3, 1), random(3, 1)  # what is in the pictures makes no difference to time and memory
+    left, right = (
+        random(3, case.height, case.width),
+        random(3, case.height, case.width),
+    )  # what is in the pictures makes no difference to time and memory
     if case.mode == "inference":
         model = optimize_for_inference(model.to(case.device))
         if case.scope == "features":
@@ -259,7 +271,7 @@ def build_run(case: Case) -> Run:
     model.activation_checkpointing = case.activation_checkpointing
     model.features.pyramid.freeze_lonely_values(case.batch, case.height // 4, case.width // 4)
     if case.scope == "features":
-        gradient = random(case.base_channels, 4)
+        gradient = random(case.base_channels, case.height // 4, case.width // 4)
         return Run(_step(case, model, lambda: model.features(left), gradient))
 
     def loss() -> Tensor:
@@ -647,7 +659,7 @@ def find_largest(
             worst, ending = candidate, outcome
             if outcome.status != "out_of_memory":
                 break
-        low, high = (16.0 * end.positions if end else None for end in (best, worst))
+        low, high = (float(end.height * end.width) if end else None for end in (best, worst))
         area = math.sqrt(low * high) if low and high else 2 * low if low else (high or 0.0) / 2
     return {
         **{key: getattr(case, key) for key in ("variant", "scope", "mode", "batch", "precision")},

@@ -35,10 +35,11 @@ def save_atomically(path: str | Path, write: Callable[[Path], object], *, durabl
         OSError: Writing failed, on a full disk for instance; what was at ``path`` is still there.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:32]}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         if durable:
             with temporary.open("rb+") as file:
@@ -48,8 +49,12 @@ def save_atomically(path: str | Path, write: Callable[[Path], object], *, durabl
             os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the temporary file, which nobody knows
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

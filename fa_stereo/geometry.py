@@ -77,10 +77,14 @@ def disparity_to_depth(
         Distance from the cameras' plane in metres, float32: ``inf`` for points at infinity (``d + doffs_px == 0``),
         NaN where the disparity is unknown (not finite) or would lie behind the cameras.
 
+    Raises:
+        InputError: Focal length or baseline are not positive, or a number is not finite.
+
     Examples:
         >>> disparity_to_depth(np.array([20.0, 0.0, np.inf]), focal_length_px=1000, baseline_m=0.2).tolist()
         [10.0, inf, nan]
     """
+    StereoCalibration(focal_length_px, baseline_m, 0.0, 0.0, doffs_px)  # refuses what is none
     shifted = np.asarray(disparity, np.float64) + doffs_px
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         depth = np.where(np.isfinite(shifted) & (shifted >= 0), focal_length_px * baseline_m / np.abs(shifted), np.nan)
@@ -95,7 +99,11 @@ def depth_to_disparity(
 
     Returns:
         Pixels, float32: ``-doffs_px`` for points at infinity, ``inf`` (unknown) where the depth is NaN, zero or less.
+
+    Raises:
+        InputError: As for ``disparity_to_depth``.
     """
+    StereoCalibration(focal_length_px, baseline_m, 0.0, 0.0, doffs_px)
     depth = np.asarray(depth_m, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         disparity = np.where(depth > 0, focal_length_px * baseline_m / depth - doffs_px, np.inf)
@@ -144,10 +152,17 @@ def left_right_consistent(
     Returns:
         Bool [H, W]; false where either disparity is unknown, or the match lies outside the right view.
 
+    Raises:
+        InputError: The maps differ in size.
+
     Examples:
         >>> left_right_consistent(np.array([[1.0, 1.0, 1.0, 1.0]]), np.array([[1.2, 4.0, 1.0, 0.0]])).tolist()
         [[False, True, False, True]]
     """
+    if left_disparity.shape != right_disparity.shape:
+        raise InputError(
+            f"both disparities must have one size, got {list(left_disparity.shape)} and {list(right_disparity.shape)}"
+        )
     width = left_disparity.shape[1]
     known = np.isfinite(left_disparity)
     columns = np.rint(np.arange(width) - np.where(known, left_disparity, 0)).astype(np.int64)  # [H, W]

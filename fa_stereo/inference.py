@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -122,15 +123,9 @@ class DisparityPredictor:
     Attributes:
         model: The network, in eval mode, on ``device``. What runs is a faster copy of it as it was at first: see
             ``fa_stereo.models.optimized``.
-        device: Where it runs.
-        precision: fp32, bf16, fp16 or mixed (scores, softmax and regression stay fp32). A pair whose result is
-            not finite is computed again in fp32, and its ``Prediction`` says so.
         scale: Pictures are resized by this factor first, and disparity is brought back to their size.
         band_height: Rows computed at a time in pixels; None for all.
         memory_gb: Choose the band height for each pair so that it takes about this much memory at most; None for any.
-        confidence: Whether confidence is predicted too.
-        compile: Whether features and aggregation are compiled; see ``fa_stereo.compilation``.
-        cuda_graph: Whether pairs of repeated sizes run as a CUDA graph; see ``fa_stereo.cuda_graph``.
     """
 
     def __init__(
@@ -166,11 +161,11 @@ class DisparityPredictor:
             InputError: The device or the precision is unknown or unavailable, there is no compiler, or another value is
                 refused.
         """
-        self.device = choose_device(device)
-        self.precision = choose_precision(precision, self.device)
+        self._device = choose_device(device)
+        self._precision = choose_precision(precision, self.device)
         if not 0 < scale < math.inf:
             raise InputError(f"the scale must be positive, got {scale}")
-        if band_height is not None and (band_height <= 0 or band_height % 16):
+        if band_height is not None and (not hasattr(band_height, "__index__") or band_height <= 0 or band_height % 16):
             raise InputError(f"the rows of a tile must be a positive multiple of 16, got {band_height}")
         if memory_gb is not None and not 0 < memory_gb < math.inf:
             raise InputError(f"the memory must be a positive number of GB, got {memory_gb}")
@@ -180,11 +175,39 @@ class DisparityPredictor:
             raise InputError("a CUDA graph is of whole pictures: leave out cuda_graph or band_height")
         if not computes_in_hardware(self.precision, self.device):
             logger.warning("%s is far slower than fp32 on this CPU, which has no hardware for it", self.precision)
-        self.scale, self.band_height, self.memory_gb, self.confidence = scale, band_height, memory_gb, confidence
-        self.compile, self.cuda_graph = compile, cuda_graph
+        self.scale, self.band_height, self.memory_gb = scale, band_height, memory_gb
+        self._confidence, self._compile, self._cuda_graph = confidence, compile, cuda_graph
         self.model = model.to(self.device).eval()
         self._networks = {self.precision: self._build_networks(self.precision)}
         self._building = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16, fp16 or mixed (scores, softmax and regression stay fp32).
+
+        A pair whose result is not finite is computed again in fp32, and its ``Prediction`` says so.
+        """
+        return self._precision
+
+    @property
+    def confidence(self) -> bool:
+        """Whether confidence is predicted too."""
+        return self._confidence
+
+    @property
+    def compile(self) -> bool:
+        """Whether features and aggregation are compiled; see ``fa_stereo.compilation``."""
+        return self._compile
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether pairs of repeated sizes run as a CUDA graph; see ``fa_stereo.cuda_graph``."""
+        return self._cuda_graph
 
     def __call__(self, left: NDArray[np.uint8], right: NDArray[np.uint8]) -> Prediction:
         """Predict one pair.
@@ -266,13 +289,18 @@ class DisparityPredictor:
         band_height = self.band_height
         if self.memory_gb is not None:
             band_height = choose_band_height(
-                network.config, left.shape[2], left.shape[3], int(self.memory_gb * 1e9), precision=precision
+                network.config,
+                left.shape[2],
+                left.shape[3],
+                int(min(self.memory_gb * 1e9, sys.maxsize)),
+                precision=precision,
             )
         if band_height is None:
             result = whole(left, right)
         else:
             result = predict_in_bands(network, left, right, band_height, confidence=self.confidence)
-        maps = [x[0].float().cpu().numpy() for x in (result if self.confidence else (result,))]  # [H, W] each
+        found = result if self.confidence else (result,)
+        maps = [np.ascontiguousarray(x[0].float().cpu().numpy()) for x in found]  # [H, W] each, of their own
         return maps[0], maps[1] if self.confidence else None
 
 

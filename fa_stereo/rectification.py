@@ -170,7 +170,8 @@ def _corners(picture: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[n
     grey = picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     scale = MAX_SIDE_PX / max(grey.shape)
     if scale < 1:
-        grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        height, width = (max(1, round(scale * side)) for side in grey.shape)
+        grey = cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA)
     # views of a pair hardly differ in scale: three levels do
     detector = cv2.ORB.create(nfeatures=MAX_CORNERS, scaleFactor=1.3, nlevels=3, edgeThreshold=16, fastThreshold=7)
     keypoints, descriptors = detector.detectAndCompute(grey, None)

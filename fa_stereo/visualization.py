@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,12 +62,17 @@ def colorize_disparity(disparity: NDArray[np.floating], maximum: float | None = 
     Returns:
         uint8 RGB [H, W, 3], linear from 0 px to ``maximum``.
 
+    Raises:
+        ValueError: The maximum is not positive.
+
     Examples:
         >>> picture = colorize_disparity(np.array([[0.0, 64.0, np.inf]]), maximum=64)
         >>> picture[0, 2].tolist()
         [0, 0, 0]
     """
     top = disparity_range(disparity) if maximum is None else maximum
+    if not 0 < top < math.inf:
+        raise ValueError(f"the disparity of the last colour must be a positive number of pixels, got {top}")
     finite = np.isfinite(disparity)
     level = np.clip(np.where(finite, disparity, 0) * (255 / top), 0, 255).round().astype(np.uint8)
     picture: Picture = cv2.applyColorMap(level, cv2.COLORMAP_TURBO)[..., ::-1].copy()  # OpenCV's order is BGR

@@ -43,6 +43,19 @@ def case(variant: str, **changes: Any) -> Case:
 # what runs
 
 
+@pytest.mark.parametrize(
+    ("slot", "channels", "scale"), [("res1", 8, 2), ("res2", 16, 4), ("res4", 32, 4), ("pyramid", 8, 4)]
+)
+def test_the_block_gets_the_map_of_its_slot(slot: str, channels: int, scale: int) -> None:
+    one = case("factorized", slots=(slot,))
+    assert (one.channels, one.map_size, one.positions) == (channels, (48 // scale, 64 // scale), 48 * 64 // scale**2)
+    output = build_run(one).compute()
+    assert output is not None
+    assert output.shape == (1, channels, 48 // scale, 64 // scale)
+    several = case("factorized", slots=("res4", "res1"), scope="features")
+    assert several.positions == 48 * 64 // 4
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("variant", [*VARIANTS, "axial_5"])
 def test_the_block_alone(variant: str, mode: str) -> None:
@@ -124,7 +137,7 @@ def test_unusable_cases(changes: dict[str, Any], message: str) -> None:
 
 
 def test_cases_travel_as_text() -> None:
-    one = case("axial_5", slots=("res3", "res4"))
+    one = case("axial_5", scope="features", slots=("res3", "res4"))
     assert Case.from_json(one.to_json()) == one
     assert one.positions == 12 * 16
     assert one.channels == 32

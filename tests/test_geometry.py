@@ -11,6 +11,7 @@ from fa_stereo.geometry import (
     StereoCalibration,
     depth_to_disparity,
     disparity_to_depth,
+    left_right_consistent,
     point_cloud,
     warp_right_to_left,
 )
@@ -75,6 +76,18 @@ def test_wrong_calibration_is_refused(wrong: dict[str, float]) -> None:
     values = {"focal_length_px": 1.0, "baseline_m": 1.0, "cx_px": 0.0, "cy_px": 0.0} | wrong
     with pytest.raises(InputError, match=next(iter(wrong))):
         StereoCalibration(**values)
+
+
+@pytest.mark.parametrize("numbers", [(-700.0, 0.1, 0.0), (700.0, 0.0, 0.0), (700.0, float("nan"), 0.0)])
+def test_no_camera_gives_no_depth(numbers: tuple[float, float, float]) -> None:
+    for convert in (disparity_to_depth, depth_to_disparity):
+        with pytest.raises(InputError, match="must be"):
+            convert(np.ones((2, 2)), *numbers)
+
+
+def test_views_of_different_sizes_cannot_agree() -> None:
+    with pytest.raises(InputError, match="must have one size"):
+        left_right_consistent(np.ones((2, 8)), np.ones((2, 9)))
 
 
 def test_warping_fetches_from_x_minus_d() -> None:

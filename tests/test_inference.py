@@ -228,6 +228,7 @@ def test_bands_change_nothing_visible(model: PSMNet) -> None:
         ({"scale": float("nan")}, "scale must be positive"),
         ({"scale": 0.1}, "at scale 0.1 the pictures are 6x4, too small"),
         ({"band_height": 50}, "multiple of 16, got 50"),
+        ({"band_height": 16.0}, "multiple of 16, got 16.0"),
         ({"memory_gb": 0}, "positive number of GB"),
         ({"memory_gb": 1e-6}, "even in the smallest bands"),
         ({"memory_gb": float("inf")}, "positive number of GB, got inf"),
@@ -237,6 +238,30 @@ def test_bands_change_nothing_visible(model: PSMNet) -> None:
 def test_unusable_scales_and_bands(model: PSMNet, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         DisparityPredictor(model, device="cpu", **options)(*random_pair())
+
+
+def test_more_memory_than_there_is_means_whole_pictures(model: PSMNet) -> None:
+    pair = random_pair()
+    whole = DisparityPredictor(model, device="cpu", precision="fp32")(*pair)
+    within = DisparityPredictor(model, device="cpu", precision="fp32", memory_gb=1e300)(*pair)
+    np.testing.assert_array_equal(within.disparity, whole.disparity)
+
+
+@pytest.mark.parametrize("size", [(40, 56), (50, 75), (16, 16)])
+def test_results_are_whole_arrays_of_their_own(model: PSMNet, size: tuple[int, int]) -> None:
+    predictor = DisparityPredictor(model, device="cpu", precision="fp32", confidence=True)
+    for predict in (predictor, predictor.predict_right):
+        prediction = predict(*random_pair(*size))
+        for values in (prediction.disparity, prediction.confidence):
+            assert values is not None
+            assert values.shape == size
+            assert values.flags.c_contiguous
+
+
+@pytest.mark.parametrize("name", ["device", "precision", "confidence", "compile", "cuda_graph"])
+def test_what_the_networks_were_built_for_cannot_be_changed(predictor: DisparityPredictor, name: str) -> None:
+    with pytest.raises(AttributeError):
+        setattr(predictor, name, getattr(predictor, name))
 
 
 def test_the_model_is_used_in_eval_mode() -> None:

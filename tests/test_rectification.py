@@ -138,6 +138,12 @@ def test_nothing_is_said_where_little_matches() -> None:
     assert judge_pair(few, few) is None
 
 
+def test_strips_of_any_length_are_judged() -> None:
+    strip = np.random.default_rng(0).integers(0, 256, (16, 60000), dtype=np.uint8)
+    assert judge_pair(strip, strip) is None
+    assert judge_pair(strip.T, strip.T) is None
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_unrelated_pictures_and_noise_raise_no_alarm(seed: int) -> None:
     left, right = synthetic_pair(seed=seed)[0], synthetic_pair(seed=seed + 100)[1]

@@ -51,6 +51,12 @@ def test_disparity_colours_are_rgb_from_blue_to_red_with_black_for_no_value() ->
     assert (picture[0, 5:] == 0).all()
 
 
+@pytest.mark.parametrize("maximum", [0.0, -1.0, float("nan"), float("inf")])
+def test_the_last_colour_needs_a_disparity(maximum: float) -> None:
+    with pytest.raises(ValueError, match="positive number of pixels"):
+        colorize_disparity(np.ones((2, 2)), maximum)
+
+
 def test_disparity_range_ignores_outliers_and_missing_values() -> None:
     disparity = np.full((100, 100), 40.0, np.float32)
     disparity[0, :10] = 5000

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,9 @@ DESCRIPTION = """\
 Measures variants of attention on growing inputs, each case in a process of its own whose memory is limited to the
 budget: one that needs more ends as a row "OOM". The processes of a size take turns; medians are reported.
 
-  --scope block     the block alone, on the map that it gets in the network: 4 x base channels, a quarter of the
-                    picture's height and width (in the tables, positions is the size of that map)
+  --scope block     the block alone, on the map that it gets in its slot of the network: by default 4 x base channels, a
+                    quarter of the picture's height and width (in the tables, positions is the size of that map, of
+                    several slots' the largest)
   --scope features  the feature extractor with the block in its slots, on one picture
   --scope network   the whole network, on a pair; by default its training step on 256x512 crops
 
@@ -171,8 +173,12 @@ def plan(arguments: argparse.Namespace) -> list[list[Case]]:
     from fa_stereo.attention_profiling import MODES, Case, variant_config
     from fa_stereo.inference import choose_device
 
-    if arguments.repeats < 0 or arguments.time_limit <= 0:
-        raise InputError("--repeats must not be negative, --time-limit must be positive")
+    if arguments.repeats < 0 or not 0 < arguments.time_limit <= threading.TIMEOUT_MAX:
+        raise InputError(
+            f"--repeats must not be negative, --time-limit must be positive and at most {threading.TIMEOUT_MAX:.0f}"
+        )
+    if arguments.activation_checkpointing and arguments.scope != "network":
+        raise InputError(f"--activation-checkpointing changes nothing in --scope {arguments.scope}: leave it out")
     for option in ("base_channels", "key_channels", "value_channels", "heads", "fit_batch", "threads"):
         value = getattr(arguments, option)
         if value is not None and value < 1:

@@ -428,9 +428,14 @@ def _predict_one(job: _Job, pair: PicturePair, folder: Path, outputs: dict[Path,
     from fa_stereo.inference import check_pair
     from fa_stereo.rectification import judge_pair
 
-    left, right = check_pair(*read_picture_pair(pair.left_path, pair.right_path))
+    left, right = read_picture_pair(pair.left_path, pair.right_path)
+    try:
+        check_pair(left, right)
+    except InputError as error:
+        raise InputError(f"{pair.left_path}: {error}") from error
     job.cameras.check(*left.shape[:2])
-    prepare_output_folder(folder)
+    for parent in dict.fromkeys([folder, *(path.parent for path in outputs)]):
+        prepare_output_folder(parent)
     judgement = judge_pair(left, right)
     for sentence in judgement.warnings if judgement else []:
         print(f"warning: {pair.name}: {sentence}", file=sys.stderr)

@@ -29,7 +29,7 @@ def read_calibration(path: str | Path) -> StereoCalibration:
         InputError: The file is unusable, of none of these formats, or describes no two equal cameras side by side with
             square pixels.
     """
-    text = read_bytes(path).decode("utf-8", errors="replace")
+    text = read_bytes(path).decode("utf-8-sig", errors="replace")
     try:
         if re.match(r"\s*(%YAML|<\?xml|\{)", text):
             return _from_projections(*_opencv_projections(text))
@@ -37,8 +37,10 @@ def read_calibration(path: str | Path) -> StereoCalibration:
         if kitti:
             return _from_projections(*_kitti_projections(kitti))
         return _middlebury(text)
-    except (InputError, ValueError) as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{path}: a number is damaged ({error}): fetch the calibration again") from error
 
 
 def _middlebury(text: str) -> StereoCalibration:
@@ -50,10 +52,10 @@ def _middlebury(text: str) -> StereoCalibration:
         right_cx_px = _matrix(values["cam1"])[2] if "cam1" in values else cx_px
         doffs_px = float(values.get("doffs", right_cx_px - cx_px))
         size_px = (int(values["width"]), int(values["height"])) if {"width", "height"} <= values.keys() else None
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, IndexError) as error:
         raise InputError(
             "neither Middlebury's calibration (cam0=[f 0 cx; 0 f cy; 0 0 1], baseline=...) nor KITTI's (P_rect_02, "
-            f"P_rect_03) nor OpenCV's (P1, P2): {error}"
+            "P_rect_03) nor OpenCV's (P1, P2)"
         ) from error
     _check_square(focal_length_px, focal_length_y_px)
     return StereoCalibration(focal_length_px, baseline_m, cx_px, cy_px, doffs_px, size_px)

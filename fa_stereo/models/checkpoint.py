@@ -118,8 +118,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> PSMNet:
 
 
 def _read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    if path.is_dir() or not path.exists():
-        raise InputError(f"{path}: no such checkpoint file")
+    check_is_file(path)
     if is_torch_file(path):
         content = read_torch_file(path)
         if "model_config" not in content or "model" not in content:
@@ -170,6 +169,18 @@ def is_torch_file(path: str | Path) -> bool:
     return head.startswith((b"PK\x03\x04", b"\x80")) and head[8:9] != b"{"
 
 
+def check_is_file(path: Path) -> None:
+    """Make sure that a checkpoint is there.
+
+    Raises:
+        InputError: It is not, or is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: no such checkpoint file, but a folder: name a file in it, such as last.pt")
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+
+
 def read_torch_file(path: str | Path) -> dict[str, Any]:
     """Read a dict that ``torch.save`` wrote, of tensors and plain data only; nothing in it is executed.
 
@@ -177,8 +188,7 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
         InputError: Missing, truncated, not such a file, or holding anything but tensors and plain data.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
+    check_is_file(path)
     if tarfile.is_tarfile(path):
         raise InputError(f"{path}: a tar archive, not a file of torch.save: unpack it and name the file in it")
     try:
@@ -186,13 +196,13 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # remarks on foreign pickles would blur the sentence below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive raises nearly anything: EOFError, KeyError, RuntimeError, ...
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename is not None:  # of the system, not of what the file says
             raise
-        reason = (
-            "it holds objects other than tensors and plain data, which are refused"
-            if ("weights_only" in str(error) or "Unsupported" in str(error))
-            else "it is truncated or not a PyTorch file"
-        )
+        reason = "it is truncated or not a PyTorch file: fetch or save it again"
+        if re.search(r"Unsupported (global|class)", str(error)):
+            reason = "it holds objects other than tensors and plain data, which are refused"
+        elif path.read_bytes()[:256].lstrip()[:1] == b"<":
+            reason = "it is a web page, not the file that was asked for"
         raise InputError(f"{path}: cannot be loaded as a checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")

@@ -6,6 +6,7 @@ Legend: B batch, H x W picture in pixels, c base channels (32), D maximum dispar
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -154,7 +155,9 @@ class PSMNet(nn.Module):
         Raises:
             InputError: It is no positive multiple of 16.
         """
-        self.config = dataclasses.replace(self.config, max_disparity=max_disparity)
+        if not hasattr(max_disparity, "__index__"):
+            raise InputError(f"max_disparity must be a whole number of pixels, got {max_disparity!r}")
+        self.config = dataclasses.replace(self.config, max_disparity=operator.index(max_disparity))
 
     def set_regression(self, regression: str) -> None:
         """Predict disparity in another way: no parameter depends on it.

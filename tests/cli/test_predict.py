@@ -108,6 +108,22 @@ def test_folders_keep_their_sub_folders(tmp_path: Path, checkpoint: Path, capsys
     np.testing.assert_array_equal(np.load(out / "b/0001.npy"), expected.disparity)
 
 
+def test_a_single_pair_in_a_sub_folder(tmp_path: Path, checkpoint: Path) -> None:
+    write_pair(tmp_path / "left/a/0001.png", tmp_path / "right/a/0001.png")
+    options = ("-o", tmp_path / "out", "--formats", "npy", "--checkpoint", checkpoint)
+    assert predict(tmp_path / "left", tmp_path / "right", *options) == 0
+    assert (tmp_path / "out/a/0001.npy").is_file()
+
+
+def test_a_single_pair_that_is_too_small_is_named(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for view in ("l", "r"):
+        write_picture(tmp_path / f"{view}.png", np.zeros((8, 40, 3), np.uint8))
+    assert predict(tmp_path / "l.png", tmp_path / "r.png", "-o", tmp_path / "out", "--checkpoint", checkpoint) == 2
+    assert f"{tmp_path / 'l.png'}: pictures must be at least 16x16, got 40x8" in capsys.readouterr().err
+
+
 def test_patterns(tmp_path: Path, checkpoint: Path) -> None:
     for index in range(2):
         write_pair(tmp_path / f"{index}_left.png", tmp_path / f"{index}_right.png", seed=index)

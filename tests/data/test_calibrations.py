@@ -65,6 +65,13 @@ def test_damaged_calibration_is_refused(tmp_path: Path, text: str) -> None:
         read_calibration(tmp_path / "calib.txt")
 
 
+def test_a_mark_of_the_encoding_may_come_first(tmp_path: Path) -> None:
+    path = tmp_path / "calib.txt"
+    for text in (CALIBRATION, KITTI):
+        path.write_text(text, encoding="utf-8-sig")
+        assert read_calibration(path).focal_length_px > 600
+
+
 def test_kitti_calibration(tmp_path: Path) -> None:
     path = tmp_path / "calib_cam_to_cam.txt"
     path.write_text(KITTI)
@@ -115,7 +122,8 @@ def test_opencv_calibration(tmp_path: Path, suffix: str, zero_disparity: bool) -
         ("<?xml version='1.0'?><calibration/>", "no 3x4 matrices P1 and P2"),
         (KITTI.replace("P_rect_03", "P_rect_04"), "without P_rect_02 and P_rect_03"),
         (KITTI.replace("-3.36e+02 ", ""), "must have 12 numbers each"),
-        (KITTI.replace("-3.36e+02", "wide"), "could not convert"),
+        (KITTI.replace("-3.36e+02", "wide"), "a number is damaged"),
+        (KITTI.replace("1.242000e+03 3.75", "inf 3.75"), "a number is damaged"),
         (KITTI.replace("-3.36e+02", "nan"), "not finite"),
         (KITTI.replace("-3.36e+02", "3.36e+02"), "the second camera stands to the left of the first"),
         (KITTI.replace("2.1e+00", "3.36e+04"), "above each other"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import pickle
 import tarfile
 from pathlib import Path
@@ -147,6 +148,27 @@ def test_truncated(weights: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "last.pt")
 
 
+@pytest.mark.parametrize("kept", [100, 4_000, 10_000, 30_000, 66_000, 100_000])
+def test_cut_anywhere(tmp_path: Path, kept: int) -> None:
+    torch.save({"model": torch.rand(32_000)}, tmp_path / "last.pt")
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"last\.pt: cannot be loaded as a checkpoint: it is truncated"):
+        read_torch_file(tmp_path / "last.pt")
+
+
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path) -> None:
+    objects = io.BytesIO()
+    torch.save({"model": Hostile()}, objects)
+    for name, content, reason in (
+        ("pretrained.tar", b"<!DOCTYPE html><html>Quota exceeded</html>", "it is a web page"),
+        ("picture.pt", b"\x89PNG\r\n\x1a\n" + bytes(64), "it is truncated or not a PyTorch file"),
+        ("foreign.pt", objects.getvalue(), "it holds objects other than tensors and plain data"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: cannot be loaded as a checkpoint: {reason}"):
+            read_torch_file(tmp_path / name)
+
+
 def test_missing_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(InputError, match="no such checkpoint file"):
@@ -235,3 +257,12 @@ def test_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
         save_atomically(path, write)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_as_long_as_they_may_be_and_files_that_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("深" * 83 + ".png")  # 253 bytes
+    save_atomically(path, lambda temporary: temporary.write_bytes(b"1"))
+    assert path.read_bytes() == b"1"
+    with pytest.raises(FileNotFoundError) as caught:
+        save_atomically(tmp_path / "none" / "a.png", lambda temporary: temporary.write_bytes(b"1"))
+    assert caught.value.filename == str(tmp_path / "none" / "a.png")
