@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fa_stereo.config import AttentionConfig, ModelConfig
+    from fa_stereo.data.formats import read_picture_pair
     from fa_stereo.errors import InputError
     from fa_stereo.inference import DisparityPredictor, Prediction, load_predictor
     from fa_stereo.models.checkpoint import load_model
@@ -34,6 +35,7 @@ __all__ = [
     "list_weights",
     "load_model",
     "load_predictor",
+    "read_picture_pair",
 ]
 
 # public name -> module that defines it
@@ -47,6 +49,7 @@ _HOMES = {
     "list_weights": "fa_stereo.weights",
     "load_model": "fa_stereo.models.checkpoint",
     "load_predictor": "fa_stereo.inference",
+    "read_picture_pair": "fa_stereo.data.formats",
 }
 
 

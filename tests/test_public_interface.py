@@ -23,6 +23,7 @@ PUBLIC_NAMES = {
     "list_weights",
     "load_model",
     "load_predictor",
+    "read_picture_pair",
 }
 
 

@@ -23,10 +23,12 @@ from fa_stereo.cli.hydra_entry import find_conf_dir
 from fa_stereo.cli.main import COMMANDS
 from fa_stereo.cli.train import _expand_alias
 from fa_stereo.config import EvaluateConfig, ModelConfig, RenderConfig, TrainConfig, from_plain
+from fa_stereo.data.formats import write_picture
 from fa_stereo.data.rendered import render_pair
 from fa_stereo.inference import load_predictor
 from fa_stereo.models.checkpoint import save_weights
 from fa_stereo.models.psmnet import build_model
+from fa_stereo.sgbm import match_semi_global
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -93,8 +95,11 @@ def test_the_python_of_prediction_runs(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     save_weights(build_model(ModelConfig(base_channels=4, max_disparity=32)), "weights.safetensors")
     left, right = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3), dtype=np.uint8)
-    names: dict[str, Any] = {"left": left, "right": right}
+    write_picture(Path("left.png"), left)
+    write_picture(Path("right.png"), right)
+    names: dict[str, Any] = {}
     exec(PYTHON[0], names)
+    np.testing.assert_array_equal(names["right"], right)
     assert names["disparity"].shape == (48, 64)
     assert names["disparity"].dtype == np.float32
     assert names["model"].config.base_channels == 16
@@ -131,10 +136,14 @@ def test_the_demo_row_is_measured() -> None:
     row = next(line for line in README.splitlines() if line.startswith("| the bundled rendered pair"))
     stated = [float(figure) for figure in re.findall(r"([\d.]+) (?:px|%)", row)]
     pair = read_demo_pair()
-    disparity = load_predictor("small", "cpu", "fp32")(pair.left, pair.right).disparity
-    error, _, bad_3 = measure(disparity, pair)
-    assert stated[0] == pytest.approx(error, abs=0.011)
-    assert stated[1] == pytest.approx(bad_3, abs=0.11)
+    found = [
+        *(load_predictor(name, "cpu", "fp32")(pair.left, pair.right).disparity for name in ("small", "full")),
+        match_semi_global(pair.left, pair.right),
+    ]
+    for disparity, place in zip(found, (0, 2, 4), strict=True):
+        error, _, bad_3 = measure(disparity, pair)
+        assert stated[place] == pytest.approx(error, abs=0.011)
+        assert stated[place + 1] == pytest.approx(bad_3, abs=0.11)
 
 
 def test_the_demo_picture_is_what_the_demo_draws(tmp_path: Path) -> None:
