@@ -22,6 +22,7 @@ def read_calibration(path: str | Path) -> StereoCalibration:
     * KITTI's ``calib_cam_to_cam.txt``: ``P_rect_02``, ``P_rect_03`` and ``S_rect_02``, or the ``P2`` and ``P3`` of its
       other benchmarks: the projection matrices of the colour cameras, in metres. The grey ones (00 and 01, 0 and 1) are
       taken where the file has no others.
+    * The right camera's file of a ROS calibration (``camera_calibration``), whose ``projection_matrix`` is in metres.
     * OpenCV's ``FileStorage`` (YAML, XML or JSON): ``P1`` and ``P2`` as ``cv2.stereoRectify`` returns them. OpenCV's
       lengths have the unit of the calibration pattern's; it must be metres.
 
@@ -33,6 +34,9 @@ def read_calibration(path: str | Path) -> StereoCalibration:
     try:
         if re.match(r"\s*(%YAML|<\?xml|\{)", text):
             return _from_projections(*_opencv_projections(text))
+        ros = re.search(r"^(?:projection_matrix:.*?data|P):\s*\[([^\]]*)\]", text, flags=re.MULTILINE | re.DOTALL)
+        if ros:
+            return _from_projections(*_ros_projections(ros[1], text))
         kitti = {key: numbers.split() for key, numbers in re.findall(r"^([PS]\w*):(.*)$", text, flags=re.MULTILINE)}
         if kitti:
             return _from_projections(*_kitti_projections(kitti))
@@ -55,7 +59,7 @@ def _middlebury(text: str) -> StereoCalibration:
     except (KeyError, IndexError) as error:
         raise InputError(
             "neither Middlebury's calibration (cam0=[f 0 cx; 0 f cy; 0 0 1], baseline=...) nor KITTI's (P_rect_02, "
-            "P_rect_03) nor OpenCV's (P1, P2)"
+            "P_rect_03) nor ROS's (projection_matrix) nor OpenCV's (P1, P2)"
         ) from error
     _check_square(focal_length_px, focal_length_y_px)
     return StereoCalibration(focal_length_px, baseline_m, cx_px, cy_px, doffs_px, size_px)
@@ -80,6 +84,24 @@ def _kitti_projections(
     size = values.get(found[0].replace("P", "S"))
     size_px = (round(float(size[0])), round(float(size[1]))) if size is not None and len(size) == 2 else None
     return left.reshape(3, 4), right.reshape(3, 4), size_px
+
+
+def _ros_projections(
+    numbers: str, text: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[int, int] | None]:
+    """Return the projection matrices [3, 4] that the right camera's says, as both have one but for its place."""
+    right = np.array([float(number) for number in re.split(r"[\s,]+", numbers.strip())])
+    if right.size != 12:
+        raise InputError("a projection_matrix must have 12 numbers: the file is damaged")
+    right = right.reshape(3, 4)
+    if right[0, 3] == 0:
+        raise InputError(
+            "this is the left camera's calibration, which does not tell the baseline: give the right one's"
+        )
+    left = right.copy()
+    left[:, 3] = 0
+    size = [re.search(rf"^(?:image_)?{side}:\s*(\d+)\s*$", text, flags=re.MULTILINE) for side in ("width", "height")]
+    return left, right, (int(size[0][1]), int(size[1][1])) if size[0] and size[1] else None
 
 
 def _opencv_projections(text: str) -> tuple[NDArray[np.float64], NDArray[np.float64], None]:

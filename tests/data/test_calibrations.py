@@ -83,6 +83,30 @@ def test_kitti_calibration(tmp_path: Path) -> None:
     assert read_calibration(path).baseline_m == pytest.approx(0.54)  # of grey pictures
 
 
+ROS = """image_width: 640
+image_height: 480
+camera_name: right
+distortion_coefficients:
+  rows: 1
+  cols: 5
+  data: [0.1, 0, 0, 0, 0]
+projection_matrix:
+  rows: 3
+  cols: 4
+  data: [500.0, 0.0, 310.5, -60.0,
+         0.0, 500.0, 239.5, 0.0,
+         0.0, 0.0, 1.0, 0.0]
+"""
+
+
+def test_ros_calibration(tmp_path: Path) -> None:
+    path = tmp_path / "right.yaml"
+    path.write_text(ROS)
+    assert read_calibration(path) == StereoCalibration(500.0, 0.12, 310.5, 239.5, 0.0, (640, 480))
+    path.write_text("height: 480\nwidth: 640\nP: [500.0, 0.0, 310.5, -60.0, 0, 500.0, 239.5, 0, 0, 0, 1.0, 0]\n")
+    assert read_calibration(path) == StereoCalibration(500.0, 0.12, 310.5, 239.5, 0.0, (640, 480))  # of a message
+
+
 @pytest.mark.parametrize("suffix", [".yml", ".xml", ".json"])
 @pytest.mark.parametrize("zero_disparity", [True, False])
 def test_opencv_calibration(tmp_path: Path, suffix: str, zero_disparity: bool) -> None:
@@ -120,6 +144,9 @@ def test_opencv_calibration(tmp_path: Path, suffix: str, zero_disparity: bool) -
         ("%YAML:1.0\n---\nP1: !!opencv-matrix\n  rows: [", "no 3x4 matrices P1 and P2"),
         ("{}", "no 3x4 matrices P1 and P2"),
         ("<?xml version='1.0'?><calibration/>", "no 3x4 matrices P1 and P2"),
+        (ROS.replace("-60.0", "0.0"), "this is the left camera's calibration"),
+        (ROS.replace("-60.0,", ""), "a projection_matrix must have 12 numbers"),
+        (ROS.replace("-60.0", "60.0"), "the second camera stands to the left of the first"),
         (KITTI.replace("P_rect_03", "P_rect_04"), "without P_rect_02 and P_rect_03"),
         (KITTI.replace("-3.36e+02 ", ""), "must have 12 numbers each"),
         (KITTI.replace("-3.36e+02", "wide"), "a number is damaged"),
