@@ -34,7 +34,7 @@ def add_camera_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--calibration", type=Path, metavar="FILE",
         help="Middlebury's calib.txt (baseline in millimetres), KITTI's calib_cam_to_cam.txt, the right camera's file "
-        "of ROS's camera_calibration, or P1 and P2 of OpenCV's stereoRectify as its FileStorage writes them (in metres)",
+        "of ROS's camera_calibration, or P1 and P2 of OpenCV's stereoRectify in its FileStorage (in metres)",
     )  # fmt: skip
     for name, (metavar, what) in _NUMBERS.items():
         group.add_argument(_option(name), type=float, metavar=metavar, help=what)
