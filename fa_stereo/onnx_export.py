@@ -22,7 +22,7 @@ from fa_stereo.config import to_plain
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.models.cost_volume import gather_cost_volume
-from fa_stereo.models.layers import without_appended_zeros
+from fa_stereo.models.layers import convolved_as_written
 from fa_stereo.models.optimized import fold_batch_norms
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet
 
@@ -80,7 +80,7 @@ def export_onnx(model: PSMNet, height: int, width: int, batch: int = 1) -> bytes
     try:
         # Two tensors: of one given twice the exporter would make one input.
         examples = torch.zeros(batch, 3, height, width), torch.zeros(batch, 3, height, width)
-        with warnings.catch_warnings(), torch.no_grad(), without_appended_zeros():
+        with warnings.catch_warnings(), torch.no_grad(), convolved_as_written():
             warnings.simplefilter("ignore")  # of the exporter, about itself
             program: Any = torch.onnx.export(
                 OnnxNetwork(model), examples, dynamo=True, optimize=True, verbose=False, opset_version=OPSET,

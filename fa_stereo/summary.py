@@ -31,7 +31,7 @@ from fa_stereo.files import LOCK_FILE
 from fa_stereo.history import FILE_NAME, read_history
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_model, read_record
-from fa_stereo.models.layers import without_appended_zeros
+from fa_stereo.models.layers import convolved_as_written
 from fa_stereo.models.psmnet import PSMNet, build_model
 
 CONFIDENCE = 0.95
@@ -296,7 +296,7 @@ def count_multiply_adds(config: ModelConfig, height: int, width: int) -> int:
     # The CPU's fused attention, which not every version's counter knows.
     fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops}
     counting = FlopCounterMode(display=False, custom_mapping=fused)
-    with torch.no_grad(), without_appended_zeros(), counting as counter:
+    with torch.no_grad(), convolved_as_written(), counting as counter:
         model(*torch.zeros(2, 1, 3, height, width))
     return int(counter.get_total_flops()) // 2
 

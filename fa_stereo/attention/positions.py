@@ -23,8 +23,11 @@ def to_positions(x: Tensor) -> Tensor:
 
 
 def from_positions(rows: Tensor, spatial: Sequence[int]) -> Tensor:
-    """Return rows [B, N, c] as a map or volume [B, c, *spatial], always a view."""
-    return torch.unflatten(rows.mT, 2, tuple(spatial))  # [B, c, *spatial]
+    """Return rows [B, N, c] as a map or volume [B, c, *spatial], always a view.
+
+    In this order of steps even a batch of one has the strides by which PyTorch knows a map as channels_last.
+    """
+    return torch.unflatten(rows, 1, tuple(spatial)).movedim(-1, 1)  # [B, c, *spatial]
 
 
 def flat_position(position: Sequence[int], spatial: Sequence[int]) -> int:

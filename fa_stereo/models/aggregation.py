@@ -22,10 +22,9 @@ from fa_stereo.models.layers import (
     ONEDNN_ELEMENTS,
     ConvNorm3d,
     DeconvNorm3d,
-    convolve,
+    add_convolved,
     initialize_like_psmnet,
     normalize,
-    upsample,
 )
 from fa_stereo.models.recomputation import Run, call
 
@@ -51,7 +50,8 @@ class VolumeEntry(nn.Module):
         x = convolve(left, right, conv.weight, disparities, conv.bias)
         x = normalize(self.conv1.norm, x, plain=plain)
         x = F.relu(x, inplace=True)
-        return F.relu(self.conv2(x), inplace=True)
+        out: Tensor = self.conv2(x, relu=True)
+        return out
 
 
 class ResidualConv3d(nn.Module):
@@ -64,12 +64,12 @@ class ResidualConv3d(nn.Module):
 
     def forward(self, x: Tensor, *, plain: bool = False) -> Tensor:
         """Map [B, c, D, H, W], overwritten, to the same shape."""
-        hidden = F.relu(self.conv1(x), inplace=True)
+        hidden = self.conv1(x, relu=True)
         if not _is_lean(self, plain):
-            residual: Tensor = self.conv2(hidden)
-            return residual.add_(x)
+            out: Tensor = self.conv2(hidden, addend=x)
+            return out
         for start, stop in _slabs(x):
-            x[:, :, start:stop] += convolve_slab(self.conv2, hidden, start, stop)
+            add_convolved_slab(x, self.conv2, hidden, start, stop)
         return x
 
 
@@ -99,15 +99,14 @@ class Hourglass(nn.Module):
         Returns:
             The output [B, c, D, H, W], ``first_pre`` and ``post`` for the following hourglasses.
         """
-        first_pre, post = self.refine(F.relu(self.conv1(x), inplace=True), first_pre, post)
+        first_pre, post = self.refine(self.conv1(x, relu=True), first_pre, post)
         return self.conv6(post).add_(cost0), first_pre, post
 
     def refine(self, hidden: Tensor, first_pre: Tensor | None, post: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Do what lies between the first and the last convolution, [B, 2c, D/2, H/2, W/2] each."""
-        pre = self.conv2(hidden)
-        pre = F.relu(pre if post is None else pre.add_(post), inplace=True)
-        hidden = F.relu(self.conv3(pre), inplace=True)  # [B, 2c, D/4, H/4, W/4]
-        hidden = F.relu(self.conv4(hidden), inplace=True)
+        """Do what lies between the first and the last convolution, [B, 2c, D/2, H/2, W/2] each; ``post`` is used up."""
+        pre = self.conv2(hidden, relu=True, addend=post)
+        hidden = self.conv3(pre, relu=True)  # [B, 2c, D/4, H/4, W/4]
+        hidden = self.conv4(hidden, relu=True)
         first_pre = pre if first_pre is None else first_pre
         del pre
         return first_pre, F.relu(self.conv5(hidden).add_(first_pre), inplace=True)
@@ -124,13 +123,13 @@ class ScoreHead(nn.Module):
     def forward(self, x: Tensor, *, plain: bool = False) -> Tensor:
         """Map [B, c, D, H, W] to [B, D, H, W]; ``plain`` computes the last convolution in 3-D."""
         if plain:
-            scores: Tensor = self.conv2(F.relu(self.conv1(x), inplace=True))
+            scores: Tensor = self.conv2(self.conv1(x, relu=True))
             return scores.squeeze(1)
         scores = new_scores(x)
         if not _is_lean(self, plain):
-            return add_score_taps(scores, score_taps(F.relu(self.conv1(x), inplace=True), self.conv2.weight))
+            return add_score_taps(scores, score_taps(self.conv1(x, relu=True), self.conv2.weight))
         for start, stop in _slabs(x):
-            hidden = F.relu(convolve_slab(self.conv1, x, start, stop), inplace=True)
+            hidden = convolve_slab(self.conv1, x, start, stop, relu=True)
             add_score_taps(scores, score_taps(hidden, self.conv2.weight), start)
         return scores
 
@@ -167,7 +166,7 @@ class StackedHourglass(nn.Module):
         Each slab of an hourglass's output goes through its head and into the next hourglass as soon as it is there.
         """
         first, *_ = hourglasses = [hourglass for hourglass in self.hourglasses if isinstance(hourglass, Hourglass)]
-        hidden = F.relu(first.conv1(cost0), inplace=True)  # [B, 2c, D/2, H/2, W/2]
+        hidden = first.conv1(cost0, relu=True)  # [B, 2c, D/2, H/2, W/2]
         first_pre, post, scores = None, None, new_scores(cost0)
         for hourglass, head, following in zip(hourglasses, self.heads, [*hourglasses[1:], None], strict=True):
             assert isinstance(head, ScoreHead)
@@ -175,11 +174,11 @@ class StackedHourglass(nn.Module):
             hidden = hidden.new_empty(0) if following is None else torch.empty_like(hidden)
             scored, entered = 0, 0
             for around, before in upsampled_slabs(hourglass.conv6, post, cost0):
-                slab = F.relu(_convolve_unpadded(head.conv1, around), inplace=True)
+                slab = head.conv1(around, padding=0, relu=True)
                 add_score_taps(scores, score_taps(slab, head.conv2.weight), scored)  # to those of the heads before
                 scored += slab.shape[2]
                 if following is not None:
-                    slab = F.relu(_convolve_unpadded(following.conv1, before), inplace=True)
+                    slab = following.conv1(before, padding=0, relu=True)
                     hidden[:, :, entered : entered + slab.shape[2]] = slab
                     entered += slab.shape[2]
         return scores
@@ -247,12 +246,20 @@ def new_scores(x: Tensor) -> Tensor:
     return torch.zeros(x.shape[0], *x.shape[2:], dtype=dtype, device=x.device)
 
 
-def convolve_slab(layer: ConvNorm3d, x: Tensor, start: int, stop: int) -> Tensor:
+def convolve_slab(layer: ConvNorm3d, x: Tensor, start: int, stop: int, *, relu: bool = False) -> Tensor:
     """Return disparities start to stop of ``layer(x)`` (stride 1), reading only those of ``x`` that they depend on."""
     first, last = max(start - 1, 0), min(stop + 1, x.shape[2])
     at_end = start == 0 or stop == x.shape[2]  # where zeros are needed on one side at least
-    out: Tensor = layer.norm(convolve(layer.conv, x[:, :, first:last], padding=int(at_end)))
+    out: Tensor = layer(x[:, :, first:last], padding=int(at_end), relu=relu)
     return out.narrow(2, start - first, stop - start) if at_end else out
+
+
+def add_convolved_slab(total: Tensor, layer: ConvNorm3d, x: Tensor, start: int, stop: int) -> None:
+    """Add ``convolve_slab(layer, x, start, stop)`` to those disparities of ``total``, which are overwritten."""
+    if start == 0 or stop == x.shape[2]:
+        total[:, :, start:stop] += convolve_slab(layer, x, start, stop)
+    else:
+        add_convolved(total[:, :, start:stop], layer, x[:, :, start - 1 : stop + 1], padding=0)
 
 
 def upsample_slab(layer: DeconvNorm3d, x: Tensor, start: int, stop: int) -> Tensor:
@@ -260,7 +267,7 @@ def upsample_slab(layer: DeconvNorm3d, x: Tensor, start: int, stop: int) -> Tens
 
     Disparity 2 i depends on i alone, 2 i + 1 on i and i + 1.
     """
-    out: Tensor = layer.norm(upsample(layer.conv, x[:, :, start // 2 : stop // 2 + 1]))
+    out: Tensor = layer(x[:, :, start // 2 : stop // 2 + 1])
     return out.narrow(2, 0, stop - start)
 
 
@@ -292,12 +299,6 @@ def upsampled_slabs(layer: DeconvNorm3d, x: Tensor, addend: Tensor) -> Iterator[
         # With stride 1 each slab waits for the disparity after it: what it gives ends one before it does.
         yield window[:, :, int(start == 0) : end + int(stop == depths)], window[:, :, 1:end]
         window[:, :, :2] = window[:, :, end - 2 : end]
-
-
-def _convolve_unpadded(layer: ConvNorm3d, x: Tensor) -> Tensor:
-    """Return ``layer(x)`` without padding along disparity."""
-    out: Tensor = layer.norm(convolve(layer.conv, x, padding=0))
-    return out
 
 
 def _slabs(x: Tensor) -> Iterator[tuple[int, int]]:

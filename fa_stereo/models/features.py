@@ -37,9 +37,9 @@ class ResidualBlock(nn.Module):
             self.shortcut = ConvNorm2d(in_channels, out_channels, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C_in, H, W] to [B, C_out, H', W']."""
-        out: Tensor = self.conv2(F.relu(self.conv1(x), inplace=True))
-        return out.add_(self.shortcut(x))
+        """Map [B, C_in, H, W], in prediction by a folded network overwritten, to [B, C_out, H', W']."""
+        out: Tensor = self.conv2(self.conv1(x, relu=True), addend=self.shortcut(x))
+        return out
 
 
 def _residual_stage(
@@ -88,7 +88,7 @@ class SpatialPyramidPooling(nn.Module):
                     "pool, too few for batch norm: use a micro-batch of 2 or more, a larger crop, or "
                     "trainer.freeze_batch_norm=true"
                 )
-            context = F.relu(branch(pooled), inplace=True)
+            context = branch(pooled, relu=True)
             maps.append(F.interpolate(context, (height, width), mode="bilinear", align_corners=self.align_corners))
         return maps
 
@@ -135,9 +135,13 @@ class FeatureExtractor(nn.Module):
 
         ``run`` runs each residual stage; ``plain`` stores the maps to be fused, concatenated.
         """
+        first = self.stem[0]
+        assert isinstance(first, ConvNorm2d)
         x = image
+        if first.conv.weight.is_contiguous(memory_format=torch.channels_last):
+            x = image.contiguous(memory_format=torch.channels_last)
         for layer in self.stem:
-            x = F.relu(layer(x), inplace=True)  # [B, c, H/2, W/2]
+            x = layer(x, relu=True)  # [B, c, H/2, W/2]
         x = self._attend("res1", run(self.res1, x))
         res2 = self._attend("res2", run(self.res2, x))  # [B, 2c, H/4, W/4]
         x = self._attend("res3", run(self.res3, res2))  # [B, 4c, H/4, W/4]
@@ -155,7 +159,7 @@ class FeatureExtractor(nn.Module):
 
         def fuse(first: int, last: int) -> Tensor:
             context = torch.cat([part[:, :, first:last] for part in maps], dim=1)  # [B, 10c, rows, w]
-            reduced: Tensor = self.projection(F.relu(self.fusion(context), inplace=True))
+            reduced: Tensor = self.projection(self.fusion(context, relu=True))
             return reduced
 
         batch, _, height, width = maps[0].shape

@@ -4,8 +4,9 @@ Convolution and norm are kept as named children, so that a fast path can fold on
 and for all (``fa_stereo.models.optimized``), and on a CPU in training with frozen batch norm in fp32 at every step, in
 this module's layers (the cost volume's first convolution calls its norm itself). That saves a pass over the
 convolution's result in each direction, and keeping it for the backward pass. On a GPU in training, batch norm of large
-maps has kernels of its own (``batch_norm_triton``; its plain form is PyTorch's). In prediction on a CPU volumes too
-small for PyTorch to hand them to oneDNN get zeros at the end, cut off again from what comes out.
+maps has kernels of its own (``batch_norm_triton``; its plain form is PyTorch's). In prediction on a CPU the sum and the
+ReLU that follow are part of the convolution (``fused``). Where that cannot be, volumes too small for PyTorch to hand
+them to oneDNN get zeros at the end, cut off again from what comes out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fa_stereo.models import fused
 from fa_stereo.models.triton_support import Kernel, checked_kernel
 
 ONEDNN_ELEMENTS = 20480
@@ -28,11 +30,11 @@ its own takes about five times as long (on x86), and memory for every tap of the
 _LARGE_MAP = 1 << 21
 """Values of a map from which on batch norm's own kernels are worth being launched."""
 
-_appending = True  # see without_appended_zeros
+_as_written = False  # see convolved_as_written
 
 
 class ConvNorm2d(nn.Module):
-    """A convolution without bias, then batch norm: [B, C_in, H, W] -> [B, C_out, H', W']. No nonlinearity.
+    """A convolution without bias, then batch norm: [B, C_in, H, W] -> [B, C_out, H', W'].
 
     A 1x1 kernel with a stride is given the pixels it looks at, and no stride: the same function. With the stride,
     oneDNN's gradient of the weights writes out of bounds on CPUs with AVX2 alone, for fewer than 8 input channels (its
@@ -50,14 +52,21 @@ class ConvNorm2d(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve and normalise."""
+    def forward(self, x: Tensor, *, relu: bool = False, addend: Tensor | None = None) -> Tensor:
+        """Convolve and normalise; then add ``addend`` and apply a ReLU, if asked to.
+
+        In prediction by a folded network the result may be written over ``addend``.
+        """
         if self.step > 1:
             x = x[..., :: self.step, :: self.step]
+        conv = self.conv
+        if fuses(self, x, addend):
+            return _fused(conv, x, conv.padding, relu, addend)  # type: ignore[arg-type]
         if _folds(self):
-            conv = self.conv
-            return F.conv2d(x, *fold(conv, self.norm), conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
-        return normalize(self.norm, self.conv(x), plain=self.plain)
+            out = F.conv2d(x, *fold(conv, self.norm), conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
+        else:
+            out = normalize(self.norm, conv(x), plain=self.plain)
+        return finish(out, relu, addend)
 
 
 class ConvNorm3d(nn.Module):
@@ -70,11 +79,15 @@ class ConvNorm3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, 3, stride, 1, bias=False)
         self.norm = nn.BatchNorm3d(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve and normalise."""
+    def forward(self, x: Tensor, *, padding: int = 1, relu: bool = False, addend: Tensor | None = None) -> Tensor:
+        """Convolve, with this padding along disparity, and normalise; then as ``ConvNorm2d``."""
+        if fuses(self, x, addend):
+            return _fused(self.conv, x, (padding, 1, 1), relu, addend)
         if _folds(self):
-            return F.conv3d(x, *fold(self.conv, self.norm), self.conv.stride, 1)
-        return normalize(self.norm, convolve(self.conv, x), plain=self.plain)
+            out = F.conv3d(x, *fold(self.conv, self.norm), self.conv.stride, (padding, 1, 1))
+        else:
+            out = normalize(self.norm, convolve(self.conv, x, padding), plain=self.plain)
+        return finish(out, relu, addend)
 
 
 class DeconvNorm3d(nn.Module):
@@ -89,9 +102,46 @@ class DeconvNorm3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
+        if fuses(self, x):
+            return fused.convolve_transposed(self.conv, x)
         if _folds(self):
             return F.conv_transpose3d(x, *fold(self.conv, self.norm), 2, 1, output_padding=1)
         return normalize(self.norm, upsample(self.conv, x), plain=self.plain)
+
+
+def finish(out: Tensor, relu: bool, addend: Tensor | None) -> Tensor:
+    """Add ``addend`` and apply a ReLU, if there are any, to ``out``, which is overwritten."""
+    if addend is not None:
+        out = out.add_(addend)
+    return F.relu(out, inplace=True) if relu else out
+
+
+def add_convolved(total: Tensor, layer: ConvNorm3d, x: Tensor, *, padding: int = 1) -> None:
+    """Add ``layer(x)`` to ``total``, which is overwritten; it may be a part of a larger volume."""
+    if fuses(layer, x, total):
+        fused.add_convolution(total, layer.conv, x, (padding, 1, 1))
+    else:
+        total += layer(x, padding=padding)
+
+
+def _fused(
+    conv: nn.Conv2d | nn.Conv3d, x: Tensor, padding: tuple[int, ...], relu: bool, addend: Tensor | None
+) -> Tensor:
+    if addend is None:
+        return fused.convolve(conv, x, padding, relu=relu)
+    return fused.add_convolution(addend, conv, x, padding, relu=relu)
+
+
+def fuses(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d, x: Tensor, addend: Tensor | None = None) -> bool:
+    """Tell whether ``fused`` computes a layer: batch norm is folded away and no gradient will be asked for."""
+    if layer.plain or not isinstance(layer.norm, nn.Identity) or x.device.type != "cpu" or _as_written:
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    for values in (x,) if addend is None else (x, addend):
+        if values.dtype != layer.conv.weight.dtype or not values.is_contiguous(memory_format=channels_last_format(x)):
+            return False
+    return not _has_hooks(layer.conv) and fused.works(x.dtype)
 
 
 def normalize(norm: nn.Module, x: Tensor, *, plain: bool = False) -> Tensor:
@@ -223,14 +273,14 @@ def upsample(conv: nn.ConvTranspose3d, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def without_appended_zeros() -> Iterator[None]:
-    """Convolve volumes as they are inside this context: for whoever counts or exports what the network computes."""
-    global _appending
-    before, _appending = _appending, False
+def convolved_as_written() -> Iterator[None]:
+    """Nothing is fused or appended inside this context: for whoever counts or exports what the network computes."""
+    global _as_written
+    before, _as_written = _as_written, True
     try:
         yield
     finally:
-        _appending = before
+        _as_written = before
 
 
 def _append_zeros(x: Tensor, disparities: int) -> Tensor:
@@ -245,7 +295,7 @@ def _missing_disparities(x: Tensor) -> int:
     gained, and more than three times as many as there are would take longer than PyTorch's own convolution.
     """
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not has_onednn or not _appending or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if not has_onednn or _as_written or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return 0
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] > 1:
         return 0

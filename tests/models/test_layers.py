@@ -204,7 +204,7 @@ def test_which_volumes_get_zeros() -> None:
         assert layers._missing_disparities(other) == 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layers._missing_disparities(small) == 0
-    with layers.without_appended_zeros():
+    with layers.convolved_as_written():
         assert layers._missing_disparities(small) == 0
     with torch.enable_grad():
         assert layers._missing_disparities(small) == 0

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fa_stereo.config import ATTENTION_SLOTS, AttentionConfig, ModelConfig
 from fa_stereo.errors import InputError
-from fa_stereo.models import aggregation, layers
+from fa_stereo.models import aggregation, fused, layers
 from fa_stereo.models.aggregation import add_score_taps, convolve_slab, new_scores, score_taps, upsample_slab
 from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d
 from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference, prepare_for_training
@@ -210,15 +210,19 @@ def test_same_function_with_zeros_appended_to_every_volume(
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-def test_every_volume_is_convolved_by_onednn() -> None:
+def test_every_volume_is_convolved_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own 3-D convolutions, which it prefers for small volumes, are several times as slow."""
     fast = optimize_for_inference(build_model(ModelConfig(base_channels=16)).eval())
     views = torch.randn(2, 1, 3, 256, 384)
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
-        fast(*views)
-    names = {event.key for event in profiled.key_averages()}
-    assert names >= {"aten::conv3d", "aten::conv_transpose3d", "aten::mkldnn_convolution"}
-    assert not [name for name in names if name.startswith(("aten::slow_conv3d", "aten::slow_conv_transpose3d"))]
+    fusing = {f"mkldnn::_convolution_{kind}" for kind in ("pointwise", "transpose_pointwise")}
+    plain = {"aten::conv3d", "aten::conv_transpose3d", "aten::mkldnn_convolution"}
+    for works, expected in ((fused.works(torch.float32), fusing), (False, plain)):
+        monkeypatch.setattr(fused, "works", lambda _, answer=works: answer)
+        with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+            fast(*views)
+        names = {event.key for event in profiled.key_averages()}
+        assert names >= (expected if works else plain)
+        assert not [name for name in names if name.startswith(("aten::slow_conv3d", "aten::slow_conv_transpose3d"))]
 
 
 def test_slabs_are_large_enough_for_the_fast_convolutions() -> None:
