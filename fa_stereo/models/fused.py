@@ -4,6 +4,9 @@ Volumes and maps are far larger than caches. A sum or a ReLU of its own reads an
 precision, where the convolution itself takes a sixth of the time, is no small part of the whole. PyTorch's own compiler
 calls the same operators. They are not public, so each data type is tried out before it is used; where one is not there,
 or does not do what is expected, the plain form computes (``fa_stereo.models.layers``).
+
+oneDNN's ReLU maps NaN to zero, PyTorch's to NaN. Nothing is fused therefore in networks whose weights are not finite
+(``fa_stereo.models.optimized``), and no ReLU in float16.
 """
 
 from __future__ import annotations

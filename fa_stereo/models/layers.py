@@ -127,9 +127,12 @@ def add_convolved(total: Tensor, layer: ConvNorm3d, x: Tensor, *, padding: int =
 def _fused(
     conv: nn.Conv2d | nn.Conv3d, x: Tensor, padding: tuple[int, ...], relu: bool, addend: Tensor | None
 ) -> Tensor:
+    at_once = relu and x.dtype != torch.float16  # of whose overflows oneDNN's ReLU would make zeros
     if addend is None:
-        return fused.convolve(conv, x, padding, relu=relu)
-    return fused.add_convolution(addend, conv, x, padding, relu=relu)
+        out = fused.convolve(conv, x, padding, relu=at_once)
+    else:
+        out = fused.add_convolution(addend, conv, x, padding, relu=at_once)
+    return finish(out, relu and not at_once, None)
 
 
 def fuses(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d, x: Tensor, addend: Tensor | None = None) -> bool:

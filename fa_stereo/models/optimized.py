@@ -46,6 +46,10 @@ def optimize_for_inference(model: PSMNet, precision: str = "fp32") -> PSMNet:
     fast = copy.deepcopy(model).requires_grad_(False)
     fast.plain = False
     fold_batch_norms(fast)
+    if not all(parameter.isfinite().all() for parameter in fast.parameters()):
+        for layer in fast.modules():
+            if isinstance(layer, ConvNorm2d | ConvNorm3d | DeconvNorm3d):
+                layer.plain = True  # what is not a number shall come out as such, see ``fused``
     if precision != "fp32":
         fast.volume_dtype = DTYPES[precision]
         _convert_convolutions(fast, fast.aggregation if precision == "mixed" else fast, DTYPES[precision])

@@ -157,6 +157,36 @@ def test_where_nothing_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not layers.fuses(layer, x)  # a gradient may be asked for
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("place", ["features.stem.0.conv.weight", "aggregation.hourglasses.1.conv4.norm.bias"])
+def test_what_is_not_a_number_comes_out_as_such(place: str) -> None:
+    model = build_model(ModelConfig(base_channels=4, max_disparity=32)).eval()
+    views = torch.randn(2, 1, 3, 32, 64)
+    assert optimize_for_inference(model)(*views).isfinite().all()
+    model.get_parameter(place).flatten()[0] = torch.nan
+    assert not optimize_for_inference(model)(*views).isfinite().all()
+
+
+@torch.no_grad()
+def test_overflows_of_float16_are_not_made_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose result is computed again in float32 where it is not finite."""
+
+    def convolve(conv: nn.Conv2d, x: Tensor, padding: tuple[int, ...], *, relu: bool = False) -> Tensor:
+        assert not relu
+        assert conv.bias is not None
+        return F.conv2d(x.float(), conv.weight.float(), conv.bias.float(), padding=padding).half() * torch.inf
+
+    layer = folded(ConvNorm2d(4, 4))
+    layer.conv.half()
+    monkeypatch.setattr(fused, "works", lambda dtype: True)
+    monkeypatch.setattr(fused, "convolve", convolve)
+    x = channels_last(torch.randn(1, 4, 5, 6).half())
+    assert layers.fuses(layer, x)
+    found = layer(x, relu=True)
+    assert found.isposinf().any()
+    assert (found >= 0).all()
+
+
 def test_what_is_missing_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fused.works(torch.float64)  # which oneDNN does not know
     right = fused.convolve
