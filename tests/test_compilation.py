@@ -18,6 +18,7 @@ from fa_stereo.compilation import check_compiler, compile_network, uncompiled
 from fa_stereo.config import AttentionConfig, ModelConfig
 from fa_stereo.errors import InputError
 from fa_stereo.inference import DisparityPredictor
+from fa_stereo.models import fused
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.optimized import optimize_for_inference
@@ -65,6 +66,7 @@ def test_same_disparity(aggregation: str) -> None:
 def test_same_disparity_as_predicted(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without gradients the network works in slabs: what is compiled then is other code."""
     model = tiny().eval()
+    monkeypatch.setattr(fused, "works", lambda dtype: False)  # which rounds bfloat16 once where compiled code does twice
     monkeypatch.setattr(inference, "compile_network", functools.partial(compile_network, backend="aot_eager"))
     pair = np.random.default_rng(0).integers(0, 256, (2, 32, 64, 3), np.uint8)
     plain, compiled = (
