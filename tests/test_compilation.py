@@ -66,7 +66,9 @@ def test_same_disparity(aggregation: str) -> None:
 def test_same_disparity_as_predicted(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without gradients the network works in slabs: what is compiled then is other code."""
     model = tiny().eval()
-    monkeypatch.setattr(fused, "works", lambda dtype: False)  # which rounds bfloat16 once where compiled code does twice
+    monkeypatch.setattr(
+        fused, "works", lambda dtype: False
+    )  # which rounds bfloat16 once where compiled code does twice
     monkeypatch.setattr(inference, "compile_network", functools.partial(compile_network, backend="aot_eager"))
     pair = np.random.default_rng(0).integers(0, 256, (2, 32, 64, 3), np.uint8)
     plain, compiled = (
