@@ -622,13 +622,14 @@ def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
     protocols, sources, rendered = zip(
         *(_read_source(folder / METRICS_FILE) for folder in (folder_a, folder_b)), strict=True
     )
-    if None not in rendered and rendered[0] != rendered[1]:  # of which the same names are other pictures, too
-        a, b = (flatten(settings) for settings in rendered)
-        key = next(key for key in {**a, **b} if a.get(key) != b.get(key))
-        raise InputError(
-            f"{folder_a} and {folder_b} are evaluations of different images: they were rendered with {key} "
-            f"{a.get(key)} for one and {b.get(key)} for the other; evaluate both on the same data set"
-        )
+    if None not in rendered:  # of which the same names can be other pictures, too
+        a, b = map(_flat_settings, rendered)
+        key = next((key for key in {**a, **b} if a.get(key) != b.get(key)), None)
+        if key is not None:
+            raise InputError(
+                f"{folder_a} and {folder_b} are evaluations of different images: they were rendered with {key} "
+                f"{a.get(key)} for one and {b.get(key)} for the other; evaluate both on the same data set"
+            )
     if None not in sources and sources[0] != sources[1]:
         key = next(key for key in {**sources[0], **sources[1]} if sources[0].get(key) != sources[1].get(key))
         a, b = (source.get(key) for source in sources)
@@ -643,6 +644,14 @@ def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
                 f"{folder_a} and {folder_b} were evaluated on different pixels: {name} is {a} by protocol "
                 f"{protocols[0].name} and {b} by {protocols[1].name}; evaluate both by one protocol"
             )
+
+
+def _flat_settings(rendered: dict[str, Any]) -> dict[str, Any]:
+    """Return by full key how pairs were rendered, of one split or of several, with defaults for what came later."""
+    several = all(isinstance(settings, dict) for settings in rendered.values())
+    defaults = {key: value for key, value in to_plain(RenderConfig()).items() if key not in ("samples", "device")}
+    return flatten({split: {**defaults, **settings} for split, settings in rendered.items()} if several
+                   else {**defaults, **rendered})  # fmt: skip
 
 
 def _read_source(path: Path) -> tuple[ProtocolConfig, dict[str, Any] | None, dict[str, Any] | None]:

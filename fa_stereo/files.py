@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fa_stereo.errors import InputError
@@ -44,17 +45,27 @@ def save_atomically(path: str | Path, write: Callable[[Path], object], *, durabl
         if durable:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-        with _UMASK_LOCK:  # it can only be read by setting it, for all threads
-            umask = os.umask(0)
-            os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # not the temporary file, which nobody knows
+        if error.errno is not None:  # else it is a sentence
+            error.filename = str(path)  # not the temporary file, which nobody knows
         raise
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return the process' mask of permissions; where Linux does not tell it, by setting it for a moment."""
+    with suppress(OSError):
+        told = re.search(r"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
+        if told:
+            return int(told[1], 8)
+    with _UMASK_LOCK:
+        umask = os.umask(0)
+        os.umask(umask)
+    return umask
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,8 +146,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[Path]]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise InputError(f"{path}: there is no such folder of runs")
-        walk = [(Path(folder), names) for folder, _, names in os.walk(path, followlinks=True)]
-        found = [folder for folder, names in walk if FILE_NAME in names or LOCK_FILE in names]
+        found = [folder for folder, names in _walk(path) if FILE_NAME in names or LOCK_FILE in names]
         if not any((folder / FILE_NAME).exists() for folder in found):
             raise InputError(
                 f"{path}: no run in it has a {FILE_NAME}: runs of 'fa-stereo train' with validation write one"
@@ -161,6 +160,18 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[Path]]:
         else:
             runs.append(run)
     return runs, unfinished
+
+
+def _walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield every folder, linked ones too, each once, with the names of its files."""
+    seen = set()
+    for folder, inner, names in os.walk(path, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            inner.clear()  # a link to where we have been
+            continue
+        seen.add(place)
+        yield Path(folder), names
 
 
 def _natural_order(text: str) -> list[tuple[int, str]]:

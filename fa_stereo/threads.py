@@ -13,21 +13,22 @@ Result = TypeVar("Result")
 
 
 class Threads:
-    """A few threads, to be used in a ``with`` statement; what they have not begun when it is left is not done.
+    """A few threads, to be used in a ``with`` statement.
 
     Args:
         count: Of the threads, and of the items that each ``run`` has in work beyond the one it yields.
+        finish: When the statement is left, by an error for instance, do what was not begun; else leave it.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, *, finish: bool = False) -> None:
+        self.count, self.finish = count, finish
         self._pool = ThreadPoolExecutor(count)
 
     def __enter__(self) -> Threads:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=not self.finish)
 
     def run(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Future[Result]]]:
         """Yield every item, in order, with what ``function`` makes of it in a thread.

@@ -590,7 +590,7 @@ class Trainer:
         """
         random_states = distributed.gather_objects(_random_state())
         if not self.is_first:
-            self.saved_step = self.step
+            self._note_saved(names)
             return
         # Into memory first: PyTorch reports a full disk as an internal error, plain bytes as what it is.
         buffer = io.BytesIO()
@@ -619,8 +619,12 @@ class Trainer:
                     f"{path}: the checkpoint of step {self.step} could not be written ({error.strerror or error}); "
                     "what was there before is untouched: make room and start the same command again"
                 ) from error
-        self.saved_step = self.step
+        self._note_saved(names)
         self.saved_at = _modification_time(self.output_dir / "last.pt")
+
+    def _note_saved(self, names: Sequence[str]) -> None:
+        if "last.pt" in names:  # from which the same command goes on
+            self.saved_step = self.step
 
     def _is_in_output_dir(self, path: Path) -> bool:
         return path.resolve().parent == self.output_dir.resolve()

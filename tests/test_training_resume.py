@@ -329,6 +329,19 @@ def test_a_bad_training_pair_does_not_cost_the_training_so_far(tmp_path: Path) -
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_best_is_no_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    pairs, folder = write_pairs(tmp_path / "pairs", count=12), tmp_path / "run"
+    validation = DatasetConfig("pairs", str(write_pairs(tmp_path / "validation", count=2)))
+    config = tiny_config(
+        pairs, folder, trainer__checkpoint_every_steps=500, data__validation=validation, trainer__validate_every_steps=2
+    )
+    trainer = Trainer(config)
+    (pairs / "left" / f"{trainer.stream[9]['name']}.png").write_bytes(b"")  # of the third step
+    with pytest.raises(InputError):
+        trainer.run()
+    assert {torch.load(folder / name, weights_only=True)["step"] for name in ("best.pt", "last.pt")} == {2}
+
+
 def test_fewer_steps_than_were_taken_end_the_run_where_it_is(
     pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

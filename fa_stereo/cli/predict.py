@@ -502,8 +502,12 @@ def _predict_many(job: _Job, pairs: list[PicturePair], folder: Path, outputs: di
             path.parent.mkdir(parents=True, exist_ok=True)
             job.write(path, kind, predicted.picture, predicted.prediction)
 
-    with tqdm(total=len(pairs), desc="predict", unit="pair", disable=None) as progress, Threads(ahead) as threads:
-        for predicted, future in threads.run(write, predict(threads.run(read, pairs))):
+    with (
+        tqdm(total=len(pairs), desc="predict", unit="pair", disable=None) as progress,
+        Threads(ahead) as readers,
+        Threads(ahead, finish=True) as writers,  # what was predicted is written, whatever ends the command
+    ):
+        for predicted, future in writers.run(write, predict(readers.run(read, pairs))):
             try:
                 future.result()
             except RangeError as error:  # this pair's alone; a folder that cannot be written ends it all

@@ -23,6 +23,7 @@ from fa_stereo.models.layers import (
     ConvNorm3d,
     DeconvNorm3d,
     add_convolved,
+    finished,
     initialize_like_psmnet,
     normalize,
 )
@@ -50,7 +51,7 @@ class VolumeEntry(nn.Module):
         x = convolve(left, right, conv.weight, disparities, conv.bias)
         x = normalize(self.conv1.norm, x, plain=plain)
         x = F.relu(x, inplace=True)
-        out: Tensor = self.conv2(x, relu=True)
+        out: Tensor = finished(self.conv2, x, relu=True)
         return out
 
 
@@ -64,9 +65,9 @@ class ResidualConv3d(nn.Module):
 
     def forward(self, x: Tensor, *, plain: bool = False) -> Tensor:
         """Map [B, c, D, H, W], overwritten, to the same shape."""
-        hidden = self.conv1(x, relu=True)
+        hidden = finished(self.conv1, x, relu=True)
         if not _is_lean(self, plain):
-            out: Tensor = self.conv2(hidden, addend=x)
+            out: Tensor = finished(self.conv2, hidden, addend=x)
             return out
         for start, stop in _slabs(x):
             add_convolved_slab(x, self.conv2, hidden, start, stop)
@@ -99,14 +100,14 @@ class Hourglass(nn.Module):
         Returns:
             The output [B, c, D, H, W], ``first_pre`` and ``post`` for the following hourglasses.
         """
-        first_pre, post = self.refine(self.conv1(x, relu=True), first_pre, post)
+        first_pre, post = self.refine(finished(self.conv1, x, relu=True), first_pre, post)
         return self.conv6(post).add_(cost0), first_pre, post
 
     def refine(self, hidden: Tensor, first_pre: Tensor | None, post: Tensor | None) -> tuple[Tensor, Tensor]:
         """Do what lies between the first and the last convolution, [B, 2c, D/2, H/2, W/2] each; ``post`` is used up."""
-        pre = self.conv2(hidden, relu=True, addend=post)
-        hidden = self.conv3(pre, relu=True)  # [B, 2c, D/4, H/4, W/4]
-        hidden = self.conv4(hidden, relu=True)
+        pre = finished(self.conv2, hidden, relu=True, addend=post)
+        hidden = finished(self.conv3, pre, relu=True)  # [B, 2c, D/4, H/4, W/4]
+        hidden = finished(self.conv4, hidden, relu=True)
         first_pre = pre if first_pre is None else first_pre
         del pre
         return first_pre, F.relu(self.conv5(hidden).add_(first_pre), inplace=True)
@@ -123,11 +124,11 @@ class ScoreHead(nn.Module):
     def forward(self, x: Tensor, *, plain: bool = False) -> Tensor:
         """Map [B, c, D, H, W] to [B, D, H, W]; ``plain`` computes the last convolution in 3-D."""
         if plain:
-            scores: Tensor = self.conv2(self.conv1(x, relu=True))
+            scores: Tensor = self.conv2(finished(self.conv1, x, relu=True))
             return scores.squeeze(1)
         scores = new_scores(x)
         if not _is_lean(self, plain):
-            return add_score_taps(scores, score_taps(self.conv1(x, relu=True), self.conv2.weight))
+            return add_score_taps(scores, score_taps(finished(self.conv1, x, relu=True), self.conv2.weight))
         for start, stop in _slabs(x):
             hidden = convolve_slab(self.conv1, x, start, stop, relu=True)
             add_score_taps(scores, score_taps(hidden, self.conv2.weight), start)
@@ -166,7 +167,7 @@ class StackedHourglass(nn.Module):
         Each slab of an hourglass's output goes through its head and into the next hourglass as soon as it is there.
         """
         first, *_ = hourglasses = [hourglass for hourglass in self.hourglasses if isinstance(hourglass, Hourglass)]
-        hidden = first.conv1(cost0, relu=True)  # [B, 2c, D/2, H/2, W/2]
+        hidden = finished(first.conv1, cost0, relu=True)  # [B, 2c, D/2, H/2, W/2]
         first_pre, post, scores = None, None, new_scores(cost0)
         for hourglass, head, following in zip(hourglasses, self.heads, [*hourglasses[1:], None], strict=True):
             assert isinstance(head, ScoreHead)
@@ -174,11 +175,11 @@ class StackedHourglass(nn.Module):
             hidden = hidden.new_empty(0) if following is None else torch.empty_like(hidden)
             scored, entered = 0, 0
             for around, before in upsampled_slabs(hourglass.conv6, post, cost0):
-                slab = head.conv1(around, padding=0, relu=True)
+                slab = finished(head.conv1, around, padding=0, relu=True)
                 add_score_taps(scores, score_taps(slab, head.conv2.weight), scored)  # to those of the heads before
                 scored += slab.shape[2]
                 if following is not None:
-                    slab = following.conv1(before, padding=0, relu=True)
+                    slab = finished(following.conv1, before, padding=0, relu=True)
                     hidden[:, :, entered : entered + slab.shape[2]] = slab
                     entered += slab.shape[2]
         return scores
@@ -250,7 +251,7 @@ def convolve_slab(layer: ConvNorm3d, x: Tensor, start: int, stop: int, *, relu: 
     """Return disparities start to stop of ``layer(x)`` (stride 1), reading only those of ``x`` that they depend on."""
     first, last = max(start - 1, 0), min(stop + 1, x.shape[2])
     at_end = start == 0 or stop == x.shape[2]  # where zeros are needed on one side at least
-    out: Tensor = layer(x[:, :, first:last], padding=int(at_end), relu=relu)
+    out = finished(layer, x[:, :, first:last], padding=int(at_end), relu=relu)
     return out.narrow(2, start - first, stop - start) if at_end else out
 
 

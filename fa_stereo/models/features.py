@@ -15,7 +15,7 @@ from fa_stereo import distributed
 from fa_stereo.attention import build_attention
 from fa_stereo.config import ModelConfig
 from fa_stereo.errors import InputError
-from fa_stereo.models.layers import ConvNorm2d, initialize_like_psmnet
+from fa_stereo.models.layers import ConvNorm2d, finished, initialize_like_psmnet
 from fa_stereo.models.recomputation import Run, call
 
 _FUSION_ELEMENTS = 1 << 22
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C_in, H, W], in prediction by a folded network overwritten, to [B, C_out, H', W']."""
-        out: Tensor = self.conv2(self.conv1(x, relu=True), addend=self.shortcut(x))
+        out: Tensor = finished(self.conv2, finished(self.conv1, x, relu=True), addend=self.shortcut(x))
         return out
 
 
@@ -88,7 +88,7 @@ class SpatialPyramidPooling(nn.Module):
                     "pool, too few for batch norm: use a micro-batch of 2 or more, a larger crop, or "
                     "trainer.freeze_batch_norm=true"
                 )
-            context = branch(pooled, relu=True)
+            context = finished(branch, pooled, relu=True)
             maps.append(F.interpolate(context, (height, width), mode="bilinear", align_corners=self.align_corners))
         return maps
 
@@ -141,7 +141,8 @@ class FeatureExtractor(nn.Module):
         if first.conv.weight.is_contiguous(memory_format=torch.channels_last):
             x = image.contiguous(memory_format=torch.channels_last)
         for layer in self.stem:
-            x = layer(x, relu=True)  # [B, c, H/2, W/2]
+            assert isinstance(layer, ConvNorm2d)
+            x = finished(layer, x, relu=True)  # [B, c, H/2, W/2]
         x = self._attend("res1", run(self.res1, x))
         res2 = self._attend("res2", run(self.res2, x))  # [B, 2c, H/4, W/4]
         x = self._attend("res3", run(self.res3, res2))  # [B, 4c, H/4, W/4]
@@ -159,7 +160,7 @@ class FeatureExtractor(nn.Module):
 
         def fuse(first: int, last: int) -> Tensor:
             context = torch.cat([part[:, :, first:last] for part in maps], dim=1)  # [B, 10c, rows, w]
-            reduced: Tensor = self.projection(self.fusion(context, relu=True))
+            reduced: Tensor = self.projection(finished(self.fusion, context, relu=True))
             return reduced
 
         batch, _, height, width = maps[0].shape

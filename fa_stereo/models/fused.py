@@ -59,7 +59,8 @@ def works(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
-        with torch.inference_mode():
+        # Nothing of the caller's: neither its random numbers, nor the device on which it makes tensors.
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             return all(_agrees(dimensions, dtype) for dimensions in (2, 3))
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):
         return False

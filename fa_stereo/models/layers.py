@@ -52,21 +52,14 @@ class ConvNorm2d(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: Tensor, *, relu: bool = False, addend: Tensor | None = None) -> Tensor:
-        """Convolve and normalise; then add ``addend`` and apply a ReLU, if asked to.
-
-        In prediction by a folded network the result may be written over ``addend``.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve and normalise."""
         if self.step > 1:
             x = x[..., :: self.step, :: self.step]
-        conv = self.conv
-        if fuses(self, x, addend):
-            return _fused(conv, x, conv.padding, relu, addend)  # type: ignore[arg-type]
         if _folds(self):
-            out = F.conv2d(x, *fold(conv, self.norm), conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
-        else:
-            out = normalize(self.norm, conv(x), plain=self.plain)
-        return finish(out, relu, addend)
+            conv = self.conv
+            return F.conv2d(x, *fold(conv, self.norm), conv.stride, conv.padding, conv.dilation)  # type: ignore[arg-type]
+        return normalize(self.norm, self.conv(x), plain=self.plain)
 
 
 class ConvNorm3d(nn.Module):
@@ -79,15 +72,11 @@ class ConvNorm3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, 3, stride, 1, bias=False)
         self.norm = nn.BatchNorm3d(out_channels)
 
-    def forward(self, x: Tensor, *, padding: int = 1, relu: bool = False, addend: Tensor | None = None) -> Tensor:
-        """Convolve, with this padding along disparity, and normalise; then as ``ConvNorm2d``."""
-        if fuses(self, x, addend):
-            return _fused(self.conv, x, (padding, 1, 1), relu, addend)
+    def forward(self, x: Tensor, *, padding: int = 1) -> Tensor:
+        """Convolve, with this padding along disparity, and normalise."""
         if _folds(self):
-            out = F.conv3d(x, *fold(self.conv, self.norm), self.conv.stride, (padding, 1, 1))
-        else:
-            out = normalize(self.norm, convolve(self.conv, x, padding), plain=self.plain)
-        return finish(out, relu, addend)
+            return F.conv3d(x, *fold(self.conv, self.norm), self.conv.stride, (padding, 1, 1))
+        return normalize(self.norm, convolve(self.conv, x, padding), plain=self.plain)
 
 
 class DeconvNorm3d(nn.Module):
@@ -109,10 +98,33 @@ class DeconvNorm3d(nn.Module):
         return normalize(self.norm, upsample(self.conv, x), plain=self.plain)
 
 
-def finish(out: Tensor, relu: bool, addend: Tensor | None) -> Tensor:
-    """Add ``addend`` and apply a ReLU, if there are any, to ``out``, which is overwritten."""
-    if addend is not None:
-        out = out.add_(addend)
+def finished(
+    layer: ConvNorm2d | ConvNorm3d, x: Tensor, *, padding: int = 1, relu: bool = False, addend: Tensor | None = None
+) -> Tensor:
+    """Return ``layer(x) + addend``, and of that the positive part if ``relu``.
+
+    In prediction by a folded network the result may be written over ``addend``.
+
+    Args:
+        layer: A convolution with its batch norm.
+        x: What it maps.
+        padding: Of a 3-D one, along disparity.
+        relu: Apply a ReLU.
+        addend: Of the result's shape.
+    """
+    if fuses(layer, x, addend):
+        conv = layer.conv
+        around = conv.padding if isinstance(layer, ConvNorm2d) else (padding, 1, 1)
+        at_once = relu and x.dtype != torch.float16  # of whose overflows oneDNN's ReLU would make zeros
+        if addend is None:
+            out = fused.convolve(conv, x, around, relu=at_once)  # type: ignore[arg-type]
+        else:
+            out = fused.add_convolution(addend, conv, x, around, relu=at_once)  # type: ignore[arg-type]
+        relu = relu and not at_once
+    else:
+        out = layer(x) if isinstance(layer, ConvNorm2d) else layer(x, padding=padding)
+        if addend is not None:
+            out = out.add_(addend)
     return F.relu(out, inplace=True) if relu else out
 
 
@@ -124,19 +136,8 @@ def add_convolved(total: Tensor, layer: ConvNorm3d, x: Tensor, *, padding: int =
         total += layer(x, padding=padding)
 
 
-def _fused(
-    conv: nn.Conv2d | nn.Conv3d, x: Tensor, padding: tuple[int, ...], relu: bool, addend: Tensor | None
-) -> Tensor:
-    at_once = relu and x.dtype != torch.float16  # of whose overflows oneDNN's ReLU would make zeros
-    if addend is None:
-        out = fused.convolve(conv, x, padding, relu=at_once)
-    else:
-        out = fused.add_convolution(addend, conv, x, padding, relu=at_once)
-    return finish(out, relu and not at_once, None)
-
-
 def fuses(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d, x: Tensor, addend: Tensor | None = None) -> bool:
-    """Tell whether ``fused`` computes a layer: batch norm is folded away and no gradient will be asked for."""
+    """Tell whether ``fused`` computes a layer: batch norm is folded away, nobody listens, no gradient is asked for."""
     if layer.plain or not isinstance(layer.norm, nn.Identity) or x.device.type != "cpu" or _as_written:
         return False
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
@@ -144,7 +145,9 @@ def fuses(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d, x: Tensor, addend: Tens
     for values in (x,) if addend is None else (x, addend):
         if values.dtype != layer.conv.weight.dtype or not values.is_contiguous(memory_format=channels_last_format(x)):
             return False
-    return not _has_hooks(layer.conv) and fused.works(x.dtype)
+    if isinstance(layer, ConvNorm2d) and layer.step > 1:
+        return False
+    return not (_has_hooks(layer) or _has_hooks(layer.conv) or _has_hooks(layer.norm)) and fused.works(x.dtype)
 
 
 def normalize(norm: nn.Module, x: Tensor, *, plain: bool = False) -> Tensor:

@@ -35,8 +35,8 @@ def optimize_for_inference(model: PSMNet, precision: str = "fp32") -> PSMNet:
         precision: fp32, bf16, fp16 or mixed.
 
     Returns:
-        A network in eval mode whose ``forward`` takes float32 pictures and returns float32 disparity, like the
-        model's own. It cannot be trained, and its state dict is not the model's.
+        A network in eval mode whose ``forward`` takes float32 pictures, which must be finite (see ``fused``), and
+        returns float32 disparity, like the model's own. It cannot be trained, and its state dict is not the model's.
 
     Raises:
         InputError: The precision is unknown.

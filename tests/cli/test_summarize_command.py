@@ -83,6 +83,7 @@ def test_unfinished_runs_are_left_out_aloud(tmp_path: Path, capsys: pytest.Captu
     killed = tmp_path / "linked" / "killed"  # before its first validation
     killed.mkdir()
     (killed / ".lock").touch()
+    (tmp_path / "linked" / "again").symlink_to(tmp_path / "linked")
     assert main(["summarize", str(tmp_path / "linked"), "-o", str(tmp_path / "out")]) == 0
     assert "killed has no validation and is left out" in capsys.readouterr().err
 

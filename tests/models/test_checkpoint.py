@@ -266,3 +266,9 @@ def test_names_as_long_as_they_may_be_and_files_that_cannot_be_written(tmp_path:
     with pytest.raises(FileNotFoundError) as caught:
         save_atomically(tmp_path / "none" / "a.png", lambda temporary: temporary.write_bytes(b"1"))
     assert caught.value.filename == str(tmp_path / "none" / "a.png")
+
+    def refuse(_: Path) -> None:
+        raise OSError("a sentence without a number")
+
+    with pytest.raises(OSError, match=r"^a sentence without a number$"):
+        save_atomically(tmp_path / "a.png", refuse)

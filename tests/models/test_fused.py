@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fa_stereo.config import ModelConfig
 from fa_stereo.models import aggregation, fused, layers
-from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d
+from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d, finished
 from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference, to_channels_last
 from fa_stereo.models.psmnet import build_model
 
@@ -64,13 +64,15 @@ def test_sum_and_relu_are_part_of_the_convolution(
     expected = plain if kept is None else plain + kept
     expected = F.relu(expected) if relu else expected
     with layers.convolved_as_written():
-        torch.testing.assert_close(layer(x, relu=relu, addend=addend), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(finished(layer, x, relu=relu, addend=addend), expected, atol=1e-5, rtol=1e-5)
     assert layers.fuses(layer, x, addend)
-    found = layer(x, relu=relu, addend=addend)
+    found = finished(layer, x, relu=relu, addend=addend)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert found.is_contiguous(memory_format=layers.channels_last_format(found))
     if kept is not None:  # in another order of memory: as written
-        torch.testing.assert_close(layer(x, relu=relu, addend=kept.contiguous()), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            finished(layer, x, relu=relu, addend=kept.contiguous()), expected, atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.skipif(not fused.works(torch.bfloat16), reason="oneDNN does not fuse in bf16 here")
@@ -86,9 +88,9 @@ def test_sums_in_low_precision_are_rounded_once(make: Callable[[], ConvNorm2d | 
     exact.conv.double()
     expected = F.relu(exact(x.double()) + addend.double())
     with layers.convolved_as_written():
-        twice = layer(x, relu=True, addend=addend.clone()).double()
+        twice = finished(layer, x, relu=True, addend=addend.clone()).double()
     assert layers.fuses(layer, x, addend)
-    once = layer(x, relu=True, addend=addend).double()
+    once = finished(layer, x, relu=True, addend=addend).double()
     assert (once - expected).abs().mean() < (twice - expected).abs().mean()
     torch.testing.assert_close(once, expected, atol=1e-3, rtol=2**-8)
 
@@ -107,7 +109,7 @@ def test_slabs_of_volumes(depths: int) -> None:
         expected[:, :, 3 : 3 + depths] += unpadded
     assert layers.fuses(layer, x)
     assert layers.fuses(deconv, x)
-    torch.testing.assert_close(layer(x, padding=0), unpadded, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(finished(layer, x, padding=0), unpadded, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(deconv(x), upsampled, atol=1e-5, rtol=1e-5)
     layers.add_convolved(total[:, :, 3 : 3 + depths], layer, x, padding=0)
     torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
@@ -147,9 +149,10 @@ def test_where_nothing_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not layers.fuses(layer, x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not layers.fuses(layer, x)
-        handle = layer.conv.register_forward_hook(lambda *_: None)
-        assert not layers.fuses(layer, x)
-        handle.remove()
+        for module in (layer, layer.conv, layer.norm):
+            handle = module.register_forward_hook(lambda *_: None)
+            assert not layers.fuses(layer, x)
+            handle.remove()
         layer.plain = True
         assert not layers.fuses(layer, x)
         layer.plain = False
@@ -182,7 +185,7 @@ def test_overflows_of_float16_are_not_made_zeros(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fused, "convolve", convolve)
     x = channels_last(torch.randn(1, 4, 5, 6).half())
     assert layers.fuses(layer, x)
-    found = layer(x, relu=True)
+    found = finished(layer, x, relu=True)
     assert found.isposinf().any()
     assert (found >= 0).all()
 
@@ -197,17 +200,35 @@ def test_what_is_missing_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     def absent(*_: object, **__: object) -> Tensor:
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_convolution_pointwise'")
 
+    state = torch.get_rng_state()
     for function in (forgetful, absent):
         fused.works.cache_clear()
         monkeypatch.setattr(fused, "convolve", function)
         assert not fused.works(torch.float32)
     monkeypatch.undo()
     fused.works.cache_clear()
+    fused.works(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are the caller's
+
+
+@torch.no_grad()
+def test_who_listens_hears_what_a_layer_alone_computes() -> None:
+    """Neither the sum nor the ReLU that follow it."""
+    block = build_model(ModelConfig(base_channels=8)).eval().features.res1[1]
+    fold_batch_norm(block.conv1)
+    fold_batch_norm(block.conv2)
+    heard = {}
+    for name in ("conv1", "conv2"):
+        block.get_submodule(name).register_forward_hook(lambda _, __, out, key=name: heard.update({key: out.clone()}))
+    x = channels_last(torch.randn(1, 8, 6, 7))
+    out = block(x.clone(memory_format=torch.preserve_format))
+    torch.testing.assert_close(heard["conv1"], block.conv1.conv(x))
+    torch.testing.assert_close(out, heard["conv2"] + x)
 
 
 @needs_fusion
 @torch.no_grad()
-def test_folded_networks_fuse_all_but_the_strided_shortcut() -> None:
+def test_folded_networks_fuse_everything_there_is_to_fuse() -> None:
     fast = to_channels_last(optimize_for_inference(build_model(ModelConfig(base_channels=16)).eval()))
     fusable: list[bool] = []
     fuses = layers.fuses
@@ -220,4 +241,4 @@ def test_folded_networks_fuse_all_but_the_strided_shortcut() -> None:
         patch.setattr(layers, "fuses", counted)
         fast(*torch.randn(2, 1, 3, 64, 96))
     assert len(fusable) > 60
-    assert fusable.count(False) == 2  # that of each view
+    assert all(fusable)
