@@ -258,10 +258,8 @@ def build_run(case: Case) -> Run:
     model = build_model(case.model_config())
     for block in model.features.attention.values():
         randomize_zeros(block)
-    left, right = (
-        random(3, case.height, case.width),
-        random(3, case.height, case.width),
-    )  # what is in the pictures makes no difference to time and memory
+    # what is in the pictures makes no difference to time and memory
+    left, right = (random(3, case.height, case.width) for _ in range(2))
     if case.mode == "inference":
         model = optimize_for_inference(model.to(case.device))
         if case.scope == "features":

@@ -648,10 +648,10 @@ def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
 
 def _flat_settings(rendered: dict[str, Any]) -> dict[str, Any]:
     """Return by full key how pairs were rendered, of one split or of several, with defaults for what came later."""
-    several = all(isinstance(settings, dict) for settings in rendered.values())
     defaults = {key: value for key, value in to_plain(RenderConfig()).items() if key not in ("samples", "device")}
-    return flatten({split: {**defaults, **settings} for split, settings in rendered.items()} if several
-                   else {**defaults, **rendered})  # fmt: skip
+    if all(isinstance(settings, dict) for settings in rendered.values()):
+        return flatten({split: {**defaults, **settings} for split, settings in rendered.items()})
+    return flatten({**defaults, **rendered})
 
 
 def _read_source(path: Path) -> tuple[ProtocolConfig, dict[str, Any] | None, dict[str, Any] | None]:

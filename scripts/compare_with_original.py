@@ -30,9 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=size, default="544x960", metavar="HxW", help="multiples of 16, from 256 up")
     parser.add_argument("--channels", type=int, default=32, metavar="C", help="width of the network")
-    parser.add_argument(
-        "--repeats", type=int, default=3, choices=range(1, 101), metavar="N", help="processes of each kind"
-    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="processes of each kind")
     parser.add_argument("--run", nargs=2, metavar=("PATH", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.repeats < 1:

@@ -122,7 +122,11 @@ def _opencv_projections(text: str) -> tuple[NDArray[np.float64], NDArray[np.floa
 def _from_projections(
     left: NDArray[np.float64], right: NDArray[np.float64], size_px: tuple[int, int] | None
 ) -> StereoCalibration:
-    """Return the cameras of two projections [f 0 cx -f X; 0 f cy -f Y; 0 0 1 0], for a camera that stands at (X, Y)."""
+    """Return the cameras of two projections [f 0 cx -f X; 0 f cy -f Y; 0 0 1 0], for a camera that stands at (X, Y).
+
+    So they are defined by KITTI (Geiger et al. 2013, "Vision meets robotics"), ROS (``sensor_msgs/CameraInfo``) and
+    OpenCV (``stereoRectify``). f, cx, cy in pixels, X and Y in metres: ``baseline_m`` is the difference in X.
+    """
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise InputError("a projection matrix has numbers that are not finite")
     focal_length_px = float(left[0, 0])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, padding: tuple[int, ...], *, relu: bool = False) -> Tensor:
-    """Return ``conv(x)``, and of that the positive part if ``relu``.
+    """Return ``conv(x)``, [B, C_out, H', W'] or [B, C_out, D', H', W'], and of that the positive part if ``relu``.
 
     Args:
         conv: Any kernel; its own padding is not looked at.
@@ -36,7 +36,11 @@ def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, padding: tuple[int, ...], *
 def add_convolution(
     total: Tensor, conv: nn.Conv2d | nn.Conv3d, x: Tensor, padding: tuple[int, ...], *, relu: bool = False
 ) -> Tensor:
-    """Overwrite ``total``, channels last too, by ``total + conv(x)``, or the positive part of it; return it."""
+    """Overwrite ``total`` by ``total + conv(x)``, or the positive part of it; return it.
+
+    ``total`` has the shape of ``conv(x)``, [B, C_out, H', W'] or [B, C_out, D', H', W'], and is channels last too; it
+    may be a part of a larger volume. The other arguments are those of ``convolve``.
+    """
     torch.ops.mkldnn._convolution_pointwise_.binary(
         total, x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups,
         "add", None, "relu" if relu else None, [], None,
@@ -45,7 +49,7 @@ def add_convolution(
 
 
 def convolve_transposed(conv: nn.ConvTranspose3d, x: Tensor) -> Tensor:
-    """Return ``conv(x)`` of [B, C_in, D, H, W], by oneDNN whatever the size."""
+    """Map [B, C_in, D, H, W], channels last, to ``conv(x)``, [B, C_out, 2D, 2H, 2W], by oneDNN whatever the size."""
     out: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise(
         x, conv.weight, conv.bias, conv.padding, conv.output_padding, conv.stride, conv.dilation, conv.groups,
         "none", [], "",
@@ -62,7 +66,7 @@ def works(dtype: torch.dtype) -> bool:
         # Nothing of the caller's: neither its random numbers, nor the device on which it makes tensors.
         with torch.inference_mode(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             return all(_agrees(dimensions, dtype) for dimensions in (2, 3))
-    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+    except (RuntimeError, AttributeError, TypeError):  # a type it refuses, no such operator, or other arguments
         return False
 
 
