@@ -6,7 +6,7 @@ trained, and from what they started. A checkpoint holds all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def export_weights(
     *,
     dtype: torch.dtype = torch.float16,
     regression: str | None = None,
-    average_with: str | Path | None = None,
+    average_with: Sequence[str | Path] = (),
     batch_norm_pairs: int = 0,
     batch_size: int = 8,
     data_root: str | None = None,
@@ -113,15 +113,18 @@ def export_weights(
     """Write the weights of a training checkpoint, the averaged ones if there are any, as a file for use.
 
     Args:
-        checkpoint: A ``.pt`` file of a run, or the run's folder, for its ``last.pt``.
+        checkpoint: A ``.pt`` file of a run, or the run's folder, for its ``last.pt``; or weights that were exported,
+            a bundled name or a file, whose record is kept.
         output: Where to; ends in ``.safetensors``.
         dtype: Of all but batch norm, which stays float32.
         regression: How these weights predict from now on, ``expectation`` or ``modal``; None leaves it as it was. The
             record's validation figures stay those of the run.
-        average_with: Other weights of the same network, a bundled name or a file, those that the run started from for
-            example: the mean of both is written (Wortsman et al. 2022, "Model soups"), of batch norm's statistics too.
+        average_with: Other weights of the same network, each a bundled name or a file, those that the run started from
+            for example, or those of other runs from the same start: the mean of all is written (Wortsman et al. 2022,
+            "Model soups"), of batch norm's statistics too.
         batch_norm_pairs: Estimate batch norm's statistics anew over so many samples of the run's own training data,
-            cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training.
+            cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training. Only of a
+            training checkpoint.
         batch_size: Samples of a batch for that.
         data_root: Where the run's training data is now; None is where it was. For runs with one source of files.
         device: Where to do that.
@@ -134,7 +137,8 @@ def export_weights(
     Raises:
         InputError: The checkpoint, its data or the output cannot be used, or a weight is not finite in ``dtype``.
     """
-    checkpoint, output = Path(checkpoint), Path(output)
+    output = Path(output)
+    checkpoint = find_weights(checkpoint) if checkpoint in WEIGHT_NAMES else Path(checkpoint)
     if output.suffix != ".safetensors":
         raise InputError(f"{output}: name the output *.safetensors")
     if checkpoint.is_dir():
@@ -142,14 +146,26 @@ def export_weights(
         if not checkpoint.is_file():
             raise InputError(f"{checkpoint}: no such checkpoint: name the folder of a run, or one of its .pt files")
     model = load_model(checkpoint, device)
-    state = read_torch_file(checkpoint) if is_torch_file(checkpoint) else {}
-    if missing := sorted(_NEEDED - state.keys()):
-        raise InputError(f"{checkpoint}: not a training checkpoint (no {missing[0]!r}): name the last.pt of a run")
-    record = training_record(state)
-    if average_with is not None:
-        file = find_weights(average_with) if average_with in WEIGHT_NAMES else Path(average_with)
-        average_weights(model, load_model(file, device), str(average_with))
-        record["averaged_with"] = {key: find_record(file).get(key) for key in ("steps", "samples_seen_in_all")}
+    if is_torch_file(checkpoint):
+        state = read_torch_file(checkpoint)
+        if missing := sorted(_NEEDED - state.keys()):
+            raise InputError(f"{checkpoint}: not a training checkpoint (no {missing[0]!r}): name the last.pt of a run")
+        record = training_record(state)
+    elif batch_norm_pairs:
+        raise InputError(
+            f"{checkpoint}: weights alone, which do not know their training data: for --reestimate-batch-norm name the "
+            "last.pt of their run"
+        )
+    else:
+        record = read_record(checkpoint)
+    if average_with:
+        files = [find_weights(name) if name in WEIGHT_NAMES else Path(name) for name in average_with]
+        average_weights(
+            model, [(str(name), load_model(file, device)) for name, file in zip(average_with, files, strict=True)]
+        )
+        record["averaged_with"] = [
+            {key: find_record(file).get(key) for key in ("steps", "samples_seen_in_all")} for file in files
+        ]
     if batch_norm_pairs:
         data = from_plain(DataConfig, state["config"]["data"], where=f"{checkpoint}: data")
         if data_root is not None:
@@ -177,27 +193,29 @@ def export_weights(
 
 
 @torch.no_grad()
-def average_weights(model: PSMNet, other: PSMNet, name: str) -> None:
-    """Replace the weights of a network by the mean of its own and another's.
+def average_weights(model: PSMNet, others: Sequence[tuple[str, PSMNet]]) -> None:
+    """Replace the weights of a network by the mean of its own and those of others.
 
     Args:
         model: The network.
-        other: One of the same configuration, but for the disparities searched and the regression.
-        name: Of the other, for the error message.
+        others: The other networks, of the same configuration but for the disparities searched and the regression; each
+            with its name for the error message.
 
     Raises:
-        InputError: It is another network.
+        InputError: One is another network.
     """
-    own, others = (to_plain(network.config) for network in (model, other))
-    different = [key for key in own if key not in ("max_disparity", "regression") and own[key] != others[key]]
-    if different:
-        raise InputError(
-            f"{name}: cannot be averaged with these weights: its model.{different[0]} is another; leave it out"
-        )
-    averaged = other.state_dict()
+    own = to_plain(model.config)
+    for name, other in others:
+        theirs = to_plain(other.config)
+        different = [key for key in own if key not in ("max_disparity", "regression") and own[key] != theirs[key]]
+        if different:
+            raise InputError(
+                f"{name}: cannot be averaged with these weights: its model.{different[0]} is another; leave it out"
+            )
+    states = [other.state_dict() for _, other in others]
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point():  # not batch norm's counters
-            tensor.add_(averaged[key]).div_(2)
+            tensor.copy_(torch.stack([tensor, *(state[key] for state in states)]).double().mean(0))
 
 
 def training_batches(

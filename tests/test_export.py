@@ -77,11 +77,21 @@ def test_the_mean_with_other_weights(run: Path, tmp_path: Path, capsys: pytest.C
     for parameter in other.parameters():
         parameter.data += 2.0
     save_weights(other, tmp_path / "b.safetensors", {"steps": 9, "samples_seen_in_all": 70})
-    record = export_weights(run, tmp_path / "c.safetensors", average_with=tmp_path / "b.safetensors", **single)
-    assert record["averaged_with"] == {"steps": 9, "samples_seen_in_all": 70}
-    first, mean = (dict(load_model(tmp_path / f"{name}.safetensors").named_parameters()) for name in "ac")
+    record = export_weights(run, tmp_path / "c.safetensors", average_with=[tmp_path / "b.safetensors"], **single)
+    assert record["averaged_with"] == [{"steps": 9, "samples_seen_in_all": 70}]
+    files = [str(tmp_path / f"{name}.safetensors") for name in "abc"]
+    assert main(["export-weights", str(run), "-o", files[2].replace("c.", "e."), "--precision", "fp32",
+                 "--average-with", files[0], files[1], files[1]]) == 0  # fmt: skip
+    assert len(read_record(tmp_path / "e.safetensors")["averaged_with"]) == 3
+    first, mean, of_four = (dict(load_model(tmp_path / f"{name}.safetensors").named_parameters()) for name in "ace")
     for name, parameter in first.items():
         torch.testing.assert_close(mean[name], parameter + 1.0, msg=name)
+        torch.testing.assert_close(of_four[name], parameter + 1.0, msg=name)
+    # weights are averaged as runs are, and keep their record
+    record = export_weights(files[1], tmp_path / "f.safetensors", average_with=[files[0]], **single)
+    assert (record["steps"], record["averaged_with"][0]["steps"]) == (9, 6)
+    again = dict(load_model(tmp_path / "f.safetensors").named_parameters())
+    assert all(torch.equal(again[name], parameter) for name, parameter in mean.items())
     save_weights(build_model(ModelConfig(base_channels=8, max_disparity=16)), tmp_path / "wide.safetensors")
     for wrong in (str(tmp_path / "wide.safetensors"), "small"):
         assert main(["export-weights", str(run), "-o", str(tmp_path / "d.safetensors"), "--average-with", wrong]) == 2
@@ -226,7 +236,10 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(
         ([str(run), "-o", str(tmp_path / "w.pt")], "w.pt: name the output *.safetensors"),
         ([str(tmp_path), "-o", out], f"{tmp_path / 'last.pt'}: no such checkpoint: name the folder of a run"),
         ([str(tmp_path / "nowhere.pt"), "-o", out], "nowhere.pt: no such checkpoint file"),
-        ([str(run / "weights.safetensors"), "-o", out], "weights.safetensors: not a training checkpoint (no 'config')"),
+        (
+            [str(run / "weights.safetensors"), "-o", out, "--reestimate-batch-norm", "1"],
+            "weights.safetensors: weights alone, which do not know their training data: ",
+        ),
         ([str(tmp_path / "bare.pt"), "-o", out], "bare.pt: not a training checkpoint (no 'config')"),
         ([str(tmp_path / "large.pt"), "-o", out], "is not finite in torch.float16; choose another precision"),
         (

@@ -18,6 +18,7 @@ EXAMPLES = """\
 examples:
   fa-stereo export-weights runs/train/2031-05-06_07-08-09 -o small.safetensors
   fa-stereo export-weights RUN/best.pt -o small.safetensors --reestimate-batch-norm 400
+  fa-stereo export-weights RUN -o mean.safetensors --average-with small ANOTHER_RUN/weights.safetensors
   fa-stereo export-weights RUN -o small.safetensors --note data="pairs rendered by fa_stereo" --note licence=MIT"""
 
 
@@ -30,7 +31,9 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN", help="folder of a run, for its last.pt, or one of its .pt files"
+        "checkpoint",
+        metavar="RUN",
+        help="folder of a run, for its last.pt, or one of its .pt files; or weights (a bundled name or a file)",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.safetensors")
     parser.add_argument("--precision", choices=("fp16", "fp32"), default="fp16", help="default fp16, half the size")
@@ -38,9 +41,9 @@ def main(argv: list[str]) -> int:
         "--regression", choices=REGRESSIONS, help="how the weights are to predict (default: as the run validated)"
     )
     parser.add_argument(
-        "--average-with", metavar="WEIGHTS",
-        help="write the mean of these and other weights of the same network (a bundled name or a file), those that the "
-        "run started from for example",
+        "--average-with", nargs="+", default=[], metavar="WEIGHTS",
+        help="write the mean of these and other weights of the same network (bundled names or files), those that the "
+        "run started from for example, or those of other runs from the same start",
     )  # fmt: skip
     parser.add_argument(
         "--reestimate-batch-norm",
