@@ -66,7 +66,7 @@ def run(config: EvaluateConfig) -> int:
     if (rendered := rendered_settings(config.dataset)) is not None:
         result.source["rendered_pairs"] = rendered
     if distributed.rank() == 0:  # first, as nothing that cannot be written may take it along
-        print(f"{_subject(description)} on {_describe_dataset(config.dataset)}")
+        print(f"{_subject(config, description)} on {_describe_dataset(config.dataset)}")
         print(result.table(), flush=True)
         result.save(folder)
     pictures.write_worst(result)
@@ -114,6 +114,7 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict, dict[str, Any]]:
         "max_disparity": model.config.max_disparity,
         "precision": precision,
         "device": device.type,
+        **({} if config.tile is None else {"tile": config.tile}),
     }
 
 
@@ -133,11 +134,17 @@ def repeat_in_full(predict: Predict, build: Callable[[], Predict]) -> Predict:
     return checked
 
 
-def _subject(description: dict[str, Any]) -> str:
+def _subject(config: EvaluateConfig, description: dict[str, Any]) -> str:
+    """Return what predicts, and in what it departs from what it does by itself."""
+    how = [] if config.max_disparity is None else [f"searching {config.max_disparity} px"]
     if description["method"] == "sgbm":
-        return "OpenCV's SGBM"
-    regression = "" if description["regression"] == "expectation" else f"{description['regression']} regression, "
-    return f"{description['checkpoint']} ({regression}{description['precision']} on {description['device']})"
+        return "OpenCV's SGBM" + (f" ({how[0]})" if how else "")
+    if description["regression"] != "expectation":
+        how.append(f"{description['regression']} regression")
+    if config.tile is not None:
+        how.append(f"bands of {config.tile} rows")
+    how.append(f"{description['precision']} on {description['device']}")
+    return f"{description['checkpoint']} ({', '.join(how)})"
 
 
 def _describe_dataset(config: DatasetConfig) -> str:

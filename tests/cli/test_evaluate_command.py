@@ -137,7 +137,9 @@ def test_another_regression(scene_flow: Path, tmp_path: Path, capsys: pytest.Cap
     assert "regression must be one of None, expectation, modal, got 'mode'" in capsys.readouterr().err
 
 
-def test_another_range_and_bands_of_rows(scene_flow: Path, weights: Path, tmp_path: Path) -> None:
+def test_another_range_and_bands_of_rows(
+    scene_flow: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     errors = {}
     for name, options in {"whole": [], "bands": ["tile=16"], "far": ["max_disparity=64"]}.items():
         common = [f"checkpoint={weights}", *data_of(scene_flow), "workers=0", "device=cpu", "max_images=1"]
@@ -145,6 +147,9 @@ def test_another_range_and_bands_of_rows(scene_flow: Path, weights: Path, tmp_pa
         stored = json.loads((tmp_path / name / "metrics.json").read_text())
         errors[name] = stored["metrics"]["end_point_error"]
         assert (stored["source"]["max_disparity"] == 64) == (name == "far")
+        assert stored["source"].get("tile") == (16 if name == "bands" else None)
+        how = {"whole": "", "bands": "bands of 16 rows, ", "far": "searching 64 px, "}[name]
+        assert f"tiny.safetensors ({how}fp32 on cpu) on scene_flow" in capsys.readouterr().out
     # Of pictures this small each band sees all of it.
     assert errors["bands"] == pytest.approx(errors["whole"], abs=1e-4)
     assert abs(errors["far"] - errors["whole"]) > 0.1
