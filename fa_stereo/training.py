@@ -84,6 +84,9 @@ _MUST_AGREE = ("trainer.batch_size", "trainer.seed", "optimizer.kind")
 # Loss scaling starts at 2^16 and halves with every gradient that overflows; down here it is not the scale's fault.
 _LEAST_LOSS_SCALE = 2.0**-14
 
+# Steps without a known pixel after which none is to be expected any more.
+_STEPS_WITHOUT = 100
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on, for a reason that lies in the run and not in its input; one sentence."""
@@ -173,6 +176,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
         self.graph = GraphedPass(self._both_passes, self.model.parameters()) if self.settings.cuda_graph else None
         self.alarm = PlateauAlarm(self.settings.plateau_alarm_steps)
+        self.ground_truth_seen, self.steps_without = False, 0
+        self.updating = False  # the weights are ahead of ``step``
         self.step = self.saved_step = 0
         self.validated_step = 0 if not self.settings.validate_at_start else -1
         self.validation: dict[str, float] = {}
@@ -266,12 +271,21 @@ class Trainer:
             self._save("last.pt")  # there is no step left that would
         self._train_mode()
         begin: float | None = None  # that of the first step is when its batch is there
-        for batch in self._batches():
+        for loaded in self._batches():
+            batch = self._checked(loaded)
             start = time.perf_counter(), time.process_time()
             begin = start[0] if begin is None else begin
-            values = self.train_step(batch, log)
+            try:
+                values = self.train_step(batch, log)
+            except TrainingError:
+                raise
+            except Exception:  # a lack of memory; or PyTorch interrupts whatever goes on as a loader's process is gone
+                if distributed.world_size() == 1 and not self.updating:
+                    self._keep_training()
+                raise
             self.step_times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
             self.step += 1
+            self.updating = False
             self.seconds_in_steps += time.perf_counter() - begin
             self._end_by_the_clock()
             if log:
@@ -302,22 +316,32 @@ class Trainer:
             return None
         return round(self.step * 60 * self.settings.max_minutes / self.seconds_in_steps)
 
-    def _batches(self) -> Iterator[Batch]:
-        """Yield this process's share of every step that is left, on the host."""
+    def _batches(self) -> Iterator[Batch | Exception]:
+        """Yield this process's share of every step that is left, on the host, or why it could not be loaded."""
         sampler = StepSampler(
             self.step, self.total_steps, self.settings.batch_size, distributed.rank(), distributed.world_size()
         )
         pin_memory = self.device.type == "cuda"
         try:
-            for batch in make_loader(self.stream, sampler, self.config.data.workers, pin_memory=pin_memory):
-                if isinstance(batch, Exception):
-                    raise batch
-                yield batch
-        except (InputError, OSError):  # a bad pair shall not cost what was trained; alone, as no other process knows
-            if distributed.world_size() == 1 and self.step > self.saved_step:
-                self._save("last.pt")
-                self._tell("last.pt holds the training up to step %d", self.step)
-            raise
+            yield from make_loader(self.stream, sampler, self.config.data.workers, pin_memory=pin_memory)
+        except Exception as error:  # of the loader itself, as when the system ends one of its processes
+            yield error
+
+    def _checked(self, batch: Batch | Exception) -> Batch:
+        """Return a batch; if any process could not load its own, save what was trained and raise that in all."""
+        failed = torch.tensor(int(isinstance(batch, Exception)))
+        if distributed.sum_over_processes(failed):
+            self._keep_training()
+            failures = distributed.gather_objects(batch if isinstance(batch, Exception) else None)
+            raise next(failure for failure in failures if failure is not None)
+        assert not isinstance(batch, Exception)
+        return batch
+
+    def _keep_training(self) -> None:
+        """Write ``last.pt`` before an error ends the run, unless it holds this step already."""
+        if self.step > self.saved_step:
+            self._save("last.pt")
+            self._tell("last.pt holds the training up to step %d", self.step)
 
     def train_step(self, batch: Batch, log: TrainingLog | None = None) -> dict[str, float]:
         """Make one optimizer step from this process's share of a batch.
@@ -334,6 +358,7 @@ class Trainer:
         """
         disparity = batch["disparity"].to(self.device, non_blocking=True)  # [B, H, W]
         counts = distributed.sum_over_processes(self.loss.count(disparity))
+        self._check_ground_truth(counts)
         rate = self.config.optimizer.learning_rate * learning_rate_factor(
             self.config.schedule, self.step, self.expected_steps or self.total_steps, self.epoch
         )
@@ -363,8 +388,13 @@ class Trainer:
             raise self._not_finite("loss", batch)
         norm = self._update_weights(batch)
         if log and drawing:
-            log.pictures(self.step + 1, part["left"][-1], truth[-1], prediction[-1], self.loss.valid(truth)[-1])
-            log.basis_masks(self.step + 1, part["left"][-1], watched, attended)
+            try:
+                log.pictures(self.step + 1, part["left"][-1], truth[-1], prediction[-1], self.loss.valid(truth)[-1])
+                log.basis_masks(self.step + 1, part["left"][-1], watched, attended)
+            except Exception as error:  # the step is made
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("no pictures of step %d: out of memory", self.step + 1)
         return {
             "loss/total": total,
             **{f"loss/output_{number}": value for number, value in enumerate(outputs, start=1)},
@@ -374,6 +404,25 @@ class Trainer:
             "train/gradient_norm": norm,
             "train/epoch": self.epoch,
         }
+
+    def _check_ground_truth(self, counts: Tensor) -> None:
+        """Refuse to go on without anything to learn from: an epoch, or a hundred steps, without a known pixel.
+
+        Args:
+            counts: Of the step to come, over all processes, see ``StereoLoss``.
+        """
+        if self.ground_truth_seen or bool(counts[0] > 0):
+            self.ground_truth_seen = True
+            return
+        self.steps_without += 1
+        epoch = math.ceil(self.stream.samples / self.settings.batch_size)
+        if self.steps_without >= min(epoch, _STEPS_WITHOUT) or self.step + 1 >= self.total_steps:
+            above = "above 0 and " if self.config.loss.mask_zero else ""
+            raise InputError(
+                f"{self.steps_without * self.settings.batch_size} training samples, and no pixel among them whose "
+                f"disparity is known, {above}below model.max_disparity={self.config.model.max_disparity}: look at the "
+                "ground truth with 'fa-stereo check-data' (positive, in pixels of the left view)"
+            )
 
     def _both_passes(self, left: Tensor, right: Tensor, truth: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Pass forward and backward through network and loss, and add to the gradients.
@@ -410,6 +459,7 @@ class Trainer:
             raise self._not_finite("gradient", batch)
         if self.settings.gradient_clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip_norm, norm)
+        self.updating = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=self.graph is None)  # a graph writes where the gradients were
@@ -754,7 +804,9 @@ class Trainer:
                 f"({path}): restore the data, or start anew with init_from and another output_dir"
             )
         for key in changed:
-            if key not in ("output_dir", "trainer.resume", "trainer.init_from"):
+            if key == "trainer.init_from" and now[key] is not None:
+                self._tell("resuming the run, which is there already: init_from=%s is not used", now[key])
+            elif key not in ("output_dir", "trainer.resume", "trainer.init_from"):
                 self._tell("resuming with %s = %s (it was %s)", key, now[key], before[key])
         sources = [{key.split(".")[2] for key in flat if key.startswith("data.also.")} for flat in (now, before)]
         if sources[0] != sources[1]:

@@ -24,6 +24,7 @@ import fa_stereo.models.optimized
 import fa_stereo.training
 from fa_stereo.config import DatasetConfig, ModelConfig, OptimizerConfig, ProtocolConfig
 from fa_stereo.cuda_graph import Passes
+from fa_stereo.data.formats import write_pfm
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import evaluate
 from fa_stereo.machine import compute_float32_in_full
@@ -562,3 +563,74 @@ def test_a_cuda_graph_without_a_gpu(pairs: Path, tmp_path: Path) -> None:
         Trainer(tiny_config(pairs, tmp_path, trainer__device="cpu", trainer__cuda_graph=True))
     with pytest.raises(InputError, match=r"trainer\.compile and trainer\.cuda_graph exclude each other"):
         tiny_config(pairs, tmp_path, trainer__compile=True, trainer__cuda_graph=True)
+
+
+def test_a_loader_process_that_is_killed_does_not_cost_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deadly(Trainer):
+        def train_step(self, *arguments: Any) -> dict[str, float]:
+            if self.step == 2:
+                for child in multiprocessing.active_children():
+                    child.kill()
+            return super().train_step(*arguments)
+
+    changes = {"data__workers": 1, "trainer__epochs": 40, "trainer__checkpoint_every_steps": 1000}
+    trainer = Deadly(tiny_config(write_pairs(tmp_path / "pairs"), tmp_path / "run", **changes))
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        trainer.run()
+    state = read_torch_file(tmp_path / "run" / "last.pt")
+    assert state["step"] == trainer.step >= 2
+    assert_identical(state["model"], trainer.model.state_dict(), "model")
+
+
+@pytest.mark.parametrize("where", ["passes", "pictures"])
+def test_a_lack_of_memory_in_a_step_does_not_cost_what_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """Pictures are left out, their step stands; a step that cannot be made leaves those before it saved."""
+    changes = {"trainer__epochs": 4, "trainer__picture_every_steps": 3, "trainer__checkpoint_every_steps": 1000}
+    trainer = Trainer(tiny_config(write_pairs(tmp_path / "pairs"), tmp_path / "run", **changes))
+
+    def starved(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with caplog.at_level(logging.WARNING):
+        if where == "pictures":
+            monkeypatch.setattr(fa_stereo.training.TrainingLog, "pictures", starved)
+            assert trainer.run().finished
+            assert caplog.messages == ["no pictures of step 3: out of memory", "no pictures of step 6: out of memory"]
+            return
+        both_passes = trainer._both_passes
+        monkeypatch.setattr(trainer, "_both_passes", lambda *a: starved() if trainer.step == 4 else both_passes(*a))
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.run()
+    state = read_torch_file(tmp_path / "run" / "last.pt")
+    assert state["step"] == 4
+    assert_identical(state["optimizer"], trainer.optimizer.state_dict(), "optimizer")
+
+
+@pytest.mark.parametrize("truth", [-3.0, np.inf, 40.0])
+def test_data_without_anything_to_learn_from_end_the_run(tmp_path: Path, truth: float) -> None:
+    """Of the wrong sign, unknown, or beyond the range searched: the loss would be zero for ever."""
+    pairs = write_pairs(tmp_path / "pairs")
+    for path in (pairs / "disparity").iterdir():
+        write_pfm(path, np.full((48, 80), truth, np.float32))
+    changes = {"trainer__epochs": 9, "data__validation": None}
+    with pytest.raises(
+        InputError, match=r"no pixel among them whose disparity is known, below model\.max_disparity=16"
+    ):
+        Trainer(tiny_config(pairs, tmp_path / "run", **changes)).run()
+    write_pfm(pairs / "disparity/002.pfm", np.full((48, 80), 5.0, np.float32))  # one pair in an epoch is enough
+    assert Trainer(tiny_config(pairs, tmp_path / "other", **changes)).run().finished
+
+
+def test_weights_to_start_from_are_told_to_be_unused_by_a_run_that_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs")
+    Trainer(tiny_config(pairs, tmp_path / "run", trainer__max_steps=1)).run()
+    start = str(tmp_path / "run" / "weights.safetensors")
+    with caplog.at_level(logging.INFO):
+        Trainer(tiny_config(pairs, tmp_path / "run", trainer__max_steps=2, trainer__init_from=start))
+    assert f"resuming the run, which is there already: init_from={start} is not used" in caplog.messages

@@ -153,6 +153,25 @@ sys.exit(main(["train", *sys.argv[1:]]))
     assert (tmp_path / "run" / "weights.safetensors").is_file()
 
 
+def test_a_pair_that_one_process_cannot_read_ends_both_in_a_sentence(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs", count=7)
+    content = (pairs / "left/003.png").read_bytes()
+    (pairs / "left/003.png").write_bytes(content[: len(content) // 2])
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\nfrom fa_stereo.cli.main import main\nprint('exit code', main(['train', *sys.argv[1:]]))"
+    )
+    options = ["trainer.epochs=4", "trainer.batch_size=2", "trainer.checkpoint_every_steps=100", "trainer.seed=2",
+               "trainer.freeze_batch_norm=true", "data.validation=null"]  # fmt: skip
+    output = run_two(script, *command_line(pairs, tmp_path / "run", *options))
+    assert output.count("exit code 2") == 2
+    assert "Traceback" not in output
+    assert output.count("left/003.png") == 2
+    kept = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
+    assert kept > 0
+    assert f"last.pt holds the training up to step {kept}" in output
+
+
 def test_collective_operations_and_batch_norm(tmp_path: Path) -> None:
     """Each process holds a half that is not the other's size; together they are one batch."""
     script = tmp_path / "check.py"

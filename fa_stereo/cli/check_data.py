@@ -284,7 +284,12 @@ def _read_one(job: tuple[Any, int]) -> DisparityStatistics | str | None:
         sample: StereoSample = dataset[index]
     except InputError as error:
         return str(error)
-    return None if sample.disparity is None else DisparityStatistics.of(sample.disparity)
+    if sample.disparity is None:
+        return None
+    statistics = DisparityStatistics.of(sample.disparity)
+    if statistics.invalid == statistics.pixels:
+        return f"{sample.name}: its ground truth has no known pixel (disparity is positive, in pixels of the left view)"
+    return statistics
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -179,6 +179,15 @@ def test_own_pairs_without_ground_truth_are_not_called_otherwise(
     assert re.search(r"frames without ground truth, enough for fa-stereo predict alone +3\n", capsys.readouterr().out)
 
 
+def test_ground_truth_without_a_known_pixel_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs(tmp_path, count=3)
+    write_pfm(tmp_path / "disparity/001.pfm", np.full((48, 80), -7.0, np.float32))  # as of the right view
+    assert main(["check-data", str(tmp_path), "--kind", "pairs"]) == 1
+    said = capsys.readouterr().out
+    assert "001: its ground truth has no known pixel" in said
+    assert "read 3 frames, 1 broken" in said
+
+
 def test_real_data(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_data.main([str(shared_data / "scene_flow"), "--partial", "--right-disparity"]) == 0
     assert "read 3 frames, 0 broken" in capsys.readouterr().out
