@@ -379,6 +379,7 @@ class EvaluationResult:
         for region in regions:
             prefix = "" if region == "all" else f"{region}_"
             columns += [f"{prefix}{name}" for name in ("pixels", *METRICS)]
+        columns.append("truth")
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
@@ -387,7 +388,7 @@ class EvaluationResult:
             for region in regions:
                 sums = image.regions.get(region, ErrorSums())
                 row += [sums.pixels, *(_number(sums.mean(metric)) for metric in METRICS)]
-            writer.writerow(row)
+            writer.writerow([*row, image.truth])
         return text.getvalue()
 
     def table(self) -> str:
@@ -478,6 +479,10 @@ def _without_nan(values: Any) -> Any:
 # comparing two
 
 
+LEAST_IMAGES = 6
+"""Images that a verdict needs: five that all agree do so by chance in one case of sixteen, six in one of thirty-two."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The difference of two evaluations of the same images; lower is better for every metric.
@@ -509,7 +514,9 @@ class Comparison:
     def table(self) -> str:
         """Return the comparison as text for a person."""
         unit = "px" if self.metric == "end_point_error" else "%"
-        if self.low > 0 or self.high < 0:
+        if self.images < LEAST_IMAGES and (self.low > 0 or self.high < 0):
+            verdict = f"no verdict: so few images can agree by chance, it takes {LEAST_IMAGES}"
+        elif self.low > 0 or self.high < 0:
             verdict = f"B is {'worse' if self.difference > 0 else 'better'}: the interval does not contain 0"
         else:
             verdict = "no difference shown: the interval contains 0"
@@ -549,7 +556,9 @@ def compare(
     if seed < 0:
         raise InputError(f"seed must be zero or more, got {seed}")
     _check_same_pixels(Path(folder_a), Path(folder_b))
-    (a, areas_a), (b, areas_b) = (_read_per_image(Path(f) / PER_IMAGE_FILE, metric) for f in (folder_a, folder_b))
+    (a, areas_a, truths_a), (b, areas_b, truths_b) = (
+        _read_per_image(Path(folder) / PER_IMAGE_FILE, metric) for folder in (folder_a, folder_b)
+    )
     for one, other, where in ((a, b, folder_b), (b, a, folder_a)):
         missing = [name for name in one if name not in other]
         if missing:
@@ -562,6 +571,12 @@ def compare(
         raise InputError(
             f"{folder_a} and {folder_b} are evaluations of different images: height, width and pixels that count "
             f"of {unlike!r} are {', '.join(areas_a[unlike])} in one and {', '.join(areas_b[unlike])} in the other"
+        )
+    unlike = next((name for name in a if "" not in (t := (truths_a[name], truths_b[name])) and t[0] != t[1]), None)
+    if unlike is not None:
+        raise InputError(
+            f"{folder_a} and {folder_b} are evaluations of different images: the ground truth of {unlike!r} is not the "
+            "same in both"
         )
     pairs = np.array([(a[name], b[name]) for name in a], np.float64).reshape(-1, 2)
     measured = pairs[np.isfinite(pairs).all(axis=1)]
@@ -593,10 +608,11 @@ def _bootstrap_means(values: NDArray[np.float64], samples: int, seed: int) -> ND
     return np.concatenate(parts)
 
 
-def _read_per_image(path: Path, metric: str) -> tuple[dict[str, float], dict[str, tuple[str, ...]]]:
+def _read_per_image(path: Path, metric: str) -> tuple[dict[str, float], dict[str, tuple[str, ...]], dict[str, str]]:
     """Return by image name the metric, NaN where the image has none or was skipped, and what tells other images apart.
 
-    That is the height, the width and how many pixels count, as they are written.
+    That is the height, the width and how many pixels count, as they are written, and the checksum of the ground truth,
+    empty where it was not recorded.
     """
     rows = csv.DictReader(io.StringIO(read_bytes(path).decode(errors=_NAMES), newline=""))
     columns = rows.fieldnames or []
@@ -607,6 +623,7 @@ def _read_per_image(path: Path, metric: str) -> tuple[dict[str, float], dict[str
         raise InputError(f"{path}: there is no metric {metric!r}; known there: {', '.join(known)}")
     values: dict[str, float] = {}
     areas: dict[str, tuple[str, ...]] = {}
+    truths: dict[str, str] = {}
     for row in rows:
         if row["name"] in values:
             raise InputError(f"{path}: the image {row['name']!r} is there twice; evaluate one pass at a time")
@@ -615,7 +632,8 @@ def _read_per_image(path: Path, metric: str) -> tuple[dict[str, float], dict[str
         except ValueError as error:
             raise InputError(f"{path}: {row[metric]!r} is no number (image {row['name']!r})") from error
         areas[row["name"]] = tuple(row.get(column) or "unknown" for column in ("height", "width", "pixels"))
-    return values, areas
+        truths[row["name"]] = row.get("truth") or ""
+    return values, areas, truths
 
 
 def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:

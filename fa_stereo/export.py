@@ -118,7 +118,8 @@ def export_weights(
         output: Where to; ends in ``.safetensors``.
         dtype: Of all but batch norm, which stays float32.
         regression: How these weights predict from now on, ``expectation`` or ``modal``; None leaves it as it was. The
-            record's validation figures stay those of the run.
+            record's validation figures stay those of the run; of a mean, or with other statistics of batch norm, it
+            has none but the run's curve.
         average_with: Other weights of the same network, each a bundled name or a file, those that the run started from
             for example, or those of other runs from the same start: the mean of all is written (Wortsman et al. 2022,
             "Model soups"), of batch norm's statistics too.
@@ -163,9 +164,16 @@ def export_weights(
         average_weights(
             model, [(str(name), load_model(file, device)) for name, file in zip(average_with, files, strict=True)]
         )
+        if "averaged_with" in record:
+            record["averaged_before"] = _averagings(record)
         record["averaged_with"] = [
-            {key: find_record(file).get(key) for key in ("steps", "samples_seen_in_all")} for file in files
+            {**{key: other.get(key) for key in ("steps", "samples_seen_in_all")}, **_averagings(other)}
+            for other in map(find_record, files)
         ]
+    if (average_with or batch_norm_pairs) and "validation" in record:
+        record["validation"] = {}  # of other weights than these
+    if data_root is not None and not batch_norm_pairs:
+        raise InputError(f"--data-root {data_root}: the data is needed for --reestimate-batch-norm alone: leave it out")
     if batch_norm_pairs:
         data = from_plain(DataConfig, state["config"]["data"], where=f"{checkpoint}: data")
         if data_root is not None:
@@ -173,6 +181,8 @@ def export_weights(
                 raise InputError(
                     f"--data-root {data_root}: the run had several sources (data.also): put them back where they were"
                 )
+            if data.train.kind == "rendered":
+                raise InputError(f"--data-root {data_root}: the run's pairs are rendered, in no folder: leave it out")
             data.train.root = data_root
         data.render_workers = 0  # the first pairs of the run, not the first that are there
         for part in (data.train, *data.also):
@@ -190,6 +200,11 @@ def export_weights(
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror or error}); choose another place") from error
     return record
+
+
+def _averagings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record says of the means that its weights are."""
+    return {key: record[key] for key in ("averaged_with", "averaged_before") if key in record}
 
 
 @torch.no_grad()

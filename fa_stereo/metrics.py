@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -184,6 +185,8 @@ class ImageErrors:
         known: Pixels with ground truth above the protocol's lower bound, whatever its upper one.
         regions: Sums by region: ``all``, and ``noc`` and ``occ`` where the data set says what is occluded.
         skipped: Left out of every average, having too few valid pixels for the protocol.
+        truth: CRC-32 of the ground truth (float32, row by row) in hexadecimal, by which images of one name
+            can be told apart.
     """
 
     index: int
@@ -193,6 +196,7 @@ class ImageErrors:
     known: int
     regions: dict[str, ErrorSums]
     skipped: bool = False
+    truth: str = ""
 
     def mean(self, metric: str, region: str = "all") -> float:
         """Return the image's own metric over a region; NaN where that has no pixel."""
@@ -251,6 +255,7 @@ class StreamingMetrics:
             regions=regions,
             skipped=regions["all"].pixels < protocol.min_valid_fraction * known
             or (protocol.min_valid_fraction > 0 and known == 0),
+            truth=f"{zlib.crc32(np.ascontiguousarray(truth, np.float32).tobytes()):08x}",
         )
         self.images.append(row)
         return row

@@ -36,6 +36,8 @@ from fa_stereo.models.psmnet import PSMNet, build_model
 
 CONFIDENCE = 0.95
 
+_FEW = 3  # crops at once whose kept bytes are counted one by one
+
 # What a run is watched by, not made of.
 _IRRELEVANT = {
     "trainer.seed", "trainer.device", "trainer.log_every_steps", "trainer.picture_every_steps",
@@ -201,9 +203,19 @@ def _read_run(folder: Path) -> Run | None:
     settings |= {f"model.{key}": value for key, value in attention_settings(model).items()}
     settings = {key: value for key, value in settings.items() if not key.startswith("data.also")}
     settings["data.also"] = _describe_also(training)
+    settings |= _pairs_of(record)  # not their folders: those are not on record, and may differ between machines
     start = json.dumps(record.get("started_from"), sort_keys=True)  # the record of the weights given as init_from
     settings["started_from"] = "fresh weights" if start == "null" else hashlib.sha256(start.encode()).hexdigest()[:8]
     return Run(folder, training["trainer.seed"], model, settings, history)
+
+
+def _pairs_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a record says of the training pairs on disk: how many, and how they were rendered."""
+    rendered = record.get("rendered_pairs")
+    pairs: dict[str, Any] = {"training_pairs": record.get("training_pairs")}
+    for number, source in enumerate(rendered if isinstance(rendered, list) else [rendered]):
+        pairs |= flatten(source or {}, f"pairs{number or ''}.")
+    return pairs
 
 
 def _with_later_settings(training: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +278,8 @@ def group_runs(runs: Sequence[Run]) -> list[Variant]:
         for run in sorted(group, key=lambda run: run.seed):
             if run.seed in by_seed:
                 raise InputError(
-                    f"{by_seed[run.seed].folder} and {run.folder} are the same run twice (seed {run.seed}): name one"
+                    f"{by_seed[run.seed].folder} and {run.folder} are the same run twice (seed {run.seed}), or differ "
+                    "in their folders of data alone, which runs do not record: name one"
                 )
             by_seed[run.seed] = run
         variants.append(Variant(_label(group[0], [other[0] for other in groups.values()]), by_seed))
@@ -332,10 +345,16 @@ def count_kept_bytes(
         config: The network.
         height: Of the crops, in pixels.
         width: Likewise.
-        batch: Crops at once; they are run through the network on the CPU.
+        batch: Crops at once; a few are run through the network on the CPU, as each more keeps as much.
         precision: fp32, bf16 or fp16.
         freeze_batch_norm: With batch norm in eval mode, which is folded into the convolutions on the CPU.
     """
+    if batch > _FEW:
+        of_two, of_three = (
+            count_kept_bytes(config, height, width, few, precision, freeze_batch_norm=freeze_batch_norm)
+            for few in (2, 3)
+        )
+        return of_two + (batch - 2) * (of_three - of_two)
     model = _network(config).train()
     if freeze_batch_norm:
         set_batch_norm_to_eval(model)

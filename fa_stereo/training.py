@@ -59,7 +59,7 @@ from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import evaluate, network_predictor
 from fa_stereo.export import find_record, training_record
-from fa_stereo.files import save_atomically, sole_use
+from fa_stereo.files import expand_user, save_atomically, sole_use
 from fa_stereo.history import FILE_NAME, History
 from fa_stereo.inference import choose_device
 from fa_stereo.losses import StereoLoss
@@ -706,7 +706,7 @@ class Trainer:
 
     def _find_checkpoint(self) -> Path | None:
         last = self.output_dir / "last.pt"
-        named = Path(self.settings.resume or "auto")
+        named = expand_user(self.settings.resume or "auto")
         # Only the first process looks: on several nodes the others may not see its disk yet.
         self.saved_at = _modification_time(last)
         begun, own = distributed.broadcast_object((self.saved_at is not None, self._is_in_output_dir(named)))

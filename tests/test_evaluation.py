@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import (
+    Comparison,
     EvaluatedImage,
     EvaluationResult,
     compare,
@@ -514,6 +516,29 @@ def test_pictures_of_one_name_and_another_size(two_runs: tuple[Path, Path]) -> N
     path.write_text("".join([lines[0], ",".join(first), *lines[2:]]))
     with pytest.raises(InputError, match="different images: height, width and pixels that count of 'scene/0000'"):
         compare(*two_runs)
+
+
+def test_pictures_of_one_name_size_and_number_of_pixels(two_runs: tuple[Path, Path]) -> None:
+    rows = list(csv.reader((two_runs[1] / "per_image.csv").read_text().splitlines()))
+    assert rows[0][-1] == "truth"
+    assert rows[1][-1] == f"{zlib.crc32(np.asarray(Samples()[0].disparity, np.float32).tobytes()):08x}"
+    for truth in ("0badf00d", ""):  # another; as versions before wrote it
+        rows[1][-1] = truth
+        (two_runs[1] / "per_image.csv").write_text("".join(",".join(row) + "\n" for row in rows))
+        if truth:
+            with pytest.raises(InputError, match="different images: the ground truth of 'scene/0000' is not the same"):
+                compare(*two_runs)
+        else:
+            assert compare(*two_runs, samples=10).images == 10
+
+
+def test_few_images_bear_no_verdict() -> None:
+    def verdict(images: int, low: float) -> str:
+        return Comparison("bad_3", images, 0, 1.0, 3.0, 2.0, low, 4.0, 0, images).table().splitlines()[-1]
+
+    assert verdict(1, 2.0) == verdict(5, 0.1) == "no verdict: so few images can agree by chance, it takes 6"
+    assert verdict(6, 0.1) == "B is worse: the interval does not contain 0"
+    assert verdict(5, -0.1) == verdict(6, -0.1) == "no difference shown: the interval contains 0"
 
 
 def test_what_cannot_be_compared_is_refused(two_runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_the_mean_with_other_weights(run: Path, tmp_path: Path, capsys: pytest.C
     other = load_model(tmp_path / "a.safetensors")
     for parameter in other.parameters():
         parameter.data += 2.0
-    save_weights(other, tmp_path / "b.safetensors", {"steps": 9, "samples_seen_in_all": 70})
+    save_weights(other, tmp_path / "b.safetensors", {"steps": 9, "samples_seen_in_all": 70, "validation": {"d1": 3}})
     record = export_weights(run, tmp_path / "c.safetensors", average_with=[tmp_path / "b.safetensors"], **single)
     assert record["averaged_with"] == [{"steps": 9, "samples_seen_in_all": 70}]
     files = [str(tmp_path / f"{name}.safetensors") for name in "abc"]
@@ -91,6 +91,10 @@ def test_the_mean_with_other_weights(run: Path, tmp_path: Path, capsys: pytest.C
     record = export_weights(files[1], tmp_path / "f.safetensors", average_with=[files[0]], **single)
     assert (record["steps"], record["averaged_with"][0]["steps"]) == (9, 6)
     again = dict(load_model(tmp_path / "f.safetensors").named_parameters())
+    assert record["validation"] == {}  # it was the run's
+    record = export_weights(tmp_path / "f.safetensors", tmp_path / "g.safetensors", average_with=[files[2]], **single)
+    assert record["averaged_before"]["averaged_with"][0]["steps"] == 6  # nothing that is in it is forgotten
+    assert record["averaged_with"][0]["averaged_with"][0]["steps"] == 9
     assert all(torch.equal(again[name], parameter) for name, parameter in mean.items())
     save_weights(build_model(ModelConfig(base_channels=8, max_disparity=16)), tmp_path / "wide.safetensors")
     for wrong in (str(tmp_path / "wide.safetensors"), "small"):
@@ -231,6 +235,8 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(
     torch.save({**state, "ema": {name: 1e6 * tensor for name, tensor in state["ema"].items()}}, tmp_path / "large.pt")
     torch.save({**state, "config": {**state["config"], "data": {"train": {"kin": "pairs"}}}}, tmp_path / "other.pt")
     (tmp_path / "file").write_text("in the way")
+    data = {"train": {"kind": "rendered"}}
+    torch.save({**state, "config": {**state["config"], "data": data}}, tmp_path / "rendered.pt")
     out = str(tmp_path / "w.safetensors")
     for arguments, said in (
         ([str(run), "-o", str(tmp_path / "w.pt")], "w.pt: name the output *.safetensors"),
@@ -250,9 +256,27 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(
         ([str(run), "-o", out, "--note", "hours"], "--note hours: write it as KEY=VALUE"),
         ([str(run), "-o", out, "--reestimate-batch-norm", "-1"], "--reestimate-batch-norm must be zero or more"),
         ([str(run), "-o", out, "--batch-size", "0"], "--batch-size must be positive"),
+        (
+            [str(run), "-o", out, "--data-root", "x"],
+            "x: the data is needed for --reestimate-batch-norm alone",
+        ),
+        (
+            [str(tmp_path / "rendered.pt"), "-o", out, "--data-root", "x", "--reestimate-batch-norm", "1"],
+            "--data-root x: the run's pairs are rendered",
+        ),
     ):
         assert main(["export-weights", *arguments]) == 2, arguments
         message = capsys.readouterr().err.strip()
         assert said in message, message
         assert len(message.splitlines()) == 1
         assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("note", ["validation=3", "training=hi", "validation_curve=none", "started_from=[1]"])
+def test_notes_may_say_anything_of_what_the_record_has(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], note: str
+) -> None:
+    assert main(["export-weights", str(run), "-o", str(tmp_path / "w.safetensors"), "--note", note]) == 0
+    key, _, value = note.partition("=")
+    told = "1 entries" if key == "started_from" else value
+    assert f"  {key}: {told}\n" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import torch
 from summary_runs import write_run
 from torch import nn
 
+import fa_stereo.summary
 from fa_stereo.attention.complexity import block_cost
 from fa_stereo.config import AttentionConfig, DatasetConfig, ModelConfig, RenderConfig
 from fa_stereo.errors import InputError
@@ -201,6 +202,43 @@ def test_the_materialized_map_is_what_it_keeps() -> None:
     assert half < 0.8 * full
     # Frozen batch norm is folded: what its convolution puts out is not kept.
     assert count_kept_bytes(network(kind="factorized"), 64, 96, batch=2, freeze_batch_norm=True) < 0.7 * full
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_large_batches_keep_is_known_from_small_ones(monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
+    sizes = []
+    build = fa_stereo.summary.build_model
+
+    def watched(config: ModelConfig) -> nn.Module:
+        model = build(config)
+        model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        return model
+
+    monkeypatch.setattr("fa_stereo.summary.build_model", watched)
+    kept = {
+        batch: count_kept_bytes(network(kind="factorized"), 64, 96, batch, freeze_batch_norm=frozen)
+        for batch in (2, 3, 5, 24)
+    }
+    assert max(sizes) == 3
+    assert kept[24] - kept[5] == 19 * (kept[3] - kept[2])
+
+    whole = network(kind="factorized")
+    monkeypatch.setattr("fa_stereo.summary._FEW", 5)
+    assert count_kept_bytes(whole, 64, 96, 5, freeze_batch_norm=frozen) == kept[5]
+    assert max(sizes) == 5
+
+
+def test_runs_on_other_pairs_are_other_variants(tmp_path: Path) -> None:
+    for name, seed, pairs in (("a", 0, {"seed": 1}), ("b", 1, {"seed": 2}), ("c", 1, [{"seed": 4}, {"seed": 3}])):
+        folder = write_run(tmp_path / name, seed=seed)
+        weights = folder / "weights.safetensors"
+        record = read_record(weights) | {"training_pairs": 40, "rendered_pairs": pairs}
+        save_weights(load_model(weights), weights, record)
+    variants = group_runs(find_runs([tmp_path])[0])
+    assert [len(variant.runs) for variant in variants] == [1, 1, 1]
+    assert [variant.label for variant in variants] == [
+        "factorized, pairs.seed=1", "factorized, pairs.seed=2", "factorized, pairs.seed=4",
+    ]  # fmt: skip
 
 
 def test_counting_leaves_the_random_numbers_alone() -> None:

@@ -100,10 +100,10 @@ def summary(record: dict[str, Any]) -> str:
     lines = []
     for key, value in record.items():
         if key == "validation_curve":
-            value = f"{len(value)} validations" if value else None
-        elif key in ("training", "rendered_pairs", "started_from") and value is not None:
+            value = f"{len(value)} validations" if isinstance(value, list) and value else value or None
+        elif key in ("training", "rendered_pairs", "started_from") and isinstance(value, dict | list):
             value = f"{len(value)} entries"
-        elif key == "validation":
+        elif key == "validation" and isinstance(value, dict):
             value = ", ".join(f"{name} {figure:.4g}" for name, figure in value.items()) or None
         lines.append(f"  {key}: {'not known' if value is None else value}")
     return "\n".join(lines)

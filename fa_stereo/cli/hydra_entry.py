@@ -25,6 +25,7 @@ import fa_stereo
 from fa_stereo import config, distributed
 from fa_stereo.config import from_plain
 from fa_stereo.errors import InputError
+from fa_stereo.files import expand_user
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ def run_hydra(argv: list[str], config_name: str, schema: type[T], task: Callable
     OmegaConf.register_new_resolver(
         "started", lambda pattern: time.strftime(pattern, time.localtime(started)), replace=True
     )
+    OmegaConf.register_new_resolver("home", lambda folder: str(expand_user(folder)), replace=True)
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     entry = hydra.main(config_path=str(find_conf_dir()), config_name=config_name, version_base="1.3")(run_one)
     with _command_line([f"fa-stereo {config_name}", *_multirun_first(argv), *_quiet_overrides()]):

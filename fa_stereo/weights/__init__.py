@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fa_stereo.errors import InputError
+from fa_stereo.files import expand_user
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,8 @@ def find_checkpoint(weights: str | os.PathLike[str] | None, device: torch.device
         return find_weights(default_weights(device.type))
     if isinstance(weights, str) and weights in WEIGHT_NAMES:
         return find_weights(weights)
+    if os.fspath(weights).startswith("~"):
+        weights = str(expand_user(os.fspath(weights)))
     if not isinstance(weights, str) and not os.path.exists(weights):
         raise InputError(f"{os.fspath(weights)}: no such checkpoint file (bundled weights are named by --weights)")
     if not os.path.exists(weights):
