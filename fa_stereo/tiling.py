@@ -17,6 +17,7 @@ from torch import Tensor
 from fa_stereo.attention.complexity import block_cost
 from fa_stereo.config import ModelConfig
 from fa_stereo.errors import InputError
+from fa_stereo.memory import return_freed_memory
 from fa_stereo.models.features import SLOT_MAPS
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet
 
@@ -69,6 +70,8 @@ def _score_in_bands(
     ramp = min(overlap, rows) // 2  # rows on either side of a border between bands over which one fades into the next
     scores = left_features.new_empty(0)
     for start in range(0, height, rows):
+        if start and scores.device.type == "cpu":
+            return_freed_memory()  # bands differ in height: what the last one left fits the next one badly
         stop = min(start + rows, height)
         first, last = max(start - overlap, 0), min(stop + overlap, height)
         band = model.score(left_features[:, :, first:last], right_features[:, :, first:last])[-1]  # [B, D/4, band, W/4]

@@ -310,6 +310,24 @@ class _Job:
         cameras = self.cameras.of_pictures(height, width)
         return cameras if self.view == "left" else dataclasses.replace(cameras, cx_px=cameras.cx_px + cameras.doffs_px)
 
+    def write_all(self, outputs: dict[Path, str], picture: NDArray[np.uint8], prediction: Prediction) -> Iterator[Path]:
+        """Write what follows from the prediction of a view in some of ``FORMATS``; yield the files as they are there.
+
+        Raises:
+            RangeError: A format cannot hold the values; all others are written before.
+            InputError: A file cannot be written.
+        """
+        refused: RangeError | None = None
+        for path, kind in outputs.items():
+            try:
+                self.write(path, kind, picture, prediction)
+            except RangeError as error:
+                refused = refused or error
+            else:
+                yield path
+        if refused is not None:
+            raise refused
+
     def write(self, path: Path, kind: str, picture: NDArray[np.uint8], prediction: Prediction) -> None:
         """Write what follows from the prediction of a view in one of ``FORMATS``, whole or not at all.
 
@@ -374,7 +392,8 @@ def _single_format(output: str, formats: str | None, pairs: int) -> str | None:
         return None
     if path.suffix.lower() in OTHER_SUFFIXES:
         raise InputError(f"-o {output}: a result can be written as .png, .pfm, .npy or .ply; name one, or a folder")
-    fitting = {len(suffix): kind for kind, suffix in SUFFIXES.items() if path.name.lower().endswith(suffix)}
+    name = f"_{path.name.lower()}"  # confidence.png is one as well as desk_confidence.png
+    fitting = {len(suffix): kind for kind, suffix in SUFFIXES.items() if name.endswith(suffix)}
     if not fitting:
         return None
     if pairs > 1:
@@ -446,8 +465,7 @@ def _predict_one(job: _Job, pair: PicturePair, folder: Path, outputs: dict[Path,
         f"{pair.name}: {left.shape[1]}x{left.shape[0]}, disparity {disparity.min():.1f} to {disparity.max():.1f} px, "
         f"{prediction.seconds:.2f} s on {prediction.device} in {prediction.precision}"
     )
-    for path, kind in outputs.items():
-        job.write(path, kind, left if job.view == "left" else right, prediction)
+    for path in job.write_all(outputs, left if job.view == "left" else right, prediction):
         print(path)
 
 
@@ -498,9 +516,11 @@ def _predict_many(job: _Job, pairs: list[PicturePair], folder: Path, outputs: di
             yield _Predicted(pair, left if job.view == "left" else right, prediction)
 
     def write(predicted: _Predicted) -> None:
-        for path, kind in outputs[predicted.pair.name].items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            job.write(path, kind, predicted.picture, predicted.prediction)
+        paths = outputs[predicted.pair.name]
+        for parent in {path.parent for path in paths}:
+            parent.mkdir(parents=True, exist_ok=True)
+        for _ in job.write_all(paths, predicted.picture, predicted.prediction):
+            pass
 
     with (
         tqdm(total=len(pairs), desc="predict", unit="pair", disable=None) as progress,

@@ -32,11 +32,16 @@ def read_calibration(path: str | Path) -> StereoCalibration:
     """
     text = read_bytes(path).decode("utf-8-sig", errors="replace")
     try:
-        if re.match(r"\s*(%YAML|<\?xml|\{)", text):
+        ros = re.search(
+            r"^(?:projection_matrix:.*?data|P):(?:\s*\[([^\]]*)\]|((?:\s*-\s[^\n]*$)+))", text,
+            flags=re.MULTILINE | re.DOTALL,
+        )  # fmt: skip
+        stored = re.match(r"\s*(%YAML|<\?xml|\{)", text)  # by OpenCV, or any YAML file
+        if ros and not (stored and re.search(r"\bP1\b", text)):
+            numbers = ros[1] if ros[1] is not None else re.sub(r"^\s*-\s", " ", ros[2], flags=re.MULTILINE)
+            return _from_projections(*_ros_projections(numbers, text))
+        if stored:
             return _from_projections(*_opencv_projections(text))
-        ros = re.search(r"^(?:projection_matrix:.*?data|P):\s*\[([^\]]*)\]", text, flags=re.MULTILINE | re.DOTALL)
-        if ros:
-            return _from_projections(*_ros_projections(ros[1], text))
         kitti = {key: numbers.split() for key, numbers in re.findall(r"^([PS]\w*):(.*)$", text, flags=re.MULTILINE)}
         if kitti:
             return _from_projections(*_kitti_projections(kitti))
@@ -55,7 +60,8 @@ def _middlebury(text: str) -> StereoCalibration:
         baseline_m = float(values["baseline"]) / 1000
         right_cx_px = _matrix(values["cam1"])[2] if "cam1" in values else cx_px
         doffs_px = float(values.get("doffs", right_cx_px - cx_px))
-        size_px = (int(values["width"]), int(values["height"])) if {"width", "height"} <= values.keys() else None
+        size = [values.get(side) for side in ("width", "height")]
+        size_px = None if None in size else (round(float(size[0])), round(float(size[1])))  # type: ignore[arg-type]
     except (KeyError, IndexError) as error:
         raise InputError(
             "neither Middlebury's calibration (cam0=[f 0 cx; 0 f cy; 0 0 1], baseline=...) nor KITTI's (P_rect_02, "

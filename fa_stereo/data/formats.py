@@ -50,7 +50,6 @@ _DECODING_ERRORS = (
     KeyError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 _PFM_HEADER = re.compile(rb"(P[Ff])\s+(\d+)\s+(\d+)\s+([-+.\deE]+)(\r\n|\s)")
 
@@ -149,6 +148,8 @@ def _decode_picture(path: str | Path) -> NDArray[Any]:
                 raise InputError(f"{path}: a damaged picture (wrong checksum); fetch or save it again")
             if image.mode == "F":
                 raise InputError(f"{path}: a picture with floating-point values; save it with 8 or 16 bits a channel")
+            if image.format == "TIFF" and _has_deep_planes(image):
+                raise InputError(f"{path}: a TIFF with 16 bits and planes one after another; save it interleaved")
             if image.mode.startswith("I"):
                 return _turn(_grey_to_rgb(_checked_16_bit(np.asarray(image), path)), orientation)
             if _may_hold_16_bit_colour(image.format, content):
@@ -159,6 +160,8 @@ def _decode_picture(path: str | Path) -> NDArray[Any]:
             return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except InputError:
         raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: too large a picture ({_reason(error)}): reduce it first") from error
     except _DECODING_ERRORS as error:
         raise InputError(
             f"{path}: not a picture, or a damaged one ({_reason(error)}); "
@@ -197,10 +200,17 @@ def _grey_to_rgb(grey: NDArray[Any]) -> NDArray[Any]:
     return np.repeat(grey[..., None], 3, axis=2)
 
 
+def _has_deep_planes(image: Image.Image) -> bool:
+    """Tell whether a TIFF stores its channels apart, with more than 8 bits: which neither decoder reads right."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    depths = tags.get(258, (1,))
+    return tags.get(284) == 2 and len(depths) > 1 and max(depths) > 8
+
+
 def _may_hold_16_bit_colour(image_format: str | None, content: bytes) -> bool:
     if image_format == "PNG":
         return content[24] == 16  # the depth field of the header chunk
-    return image_format in ("TIFF", "PPM")
+    return image_format == "TIFF" or content[:2] in (b"P5", b"P6")
 
 
 def _decode_16_bit_colour(content: bytes) -> NDArray[np.uint16] | None:

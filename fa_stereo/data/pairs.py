@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,8 @@ def pair_pictures(left: str, right: str) -> list[PicturePair]:
         InputError: Nothing is there, or some pictures have no partner or several.
     """
     if Path(left).is_file() and Path(right).is_file():
+        if Path(left).samefile(right):
+            raise InputError(f"{left} is named both as the left and as the right picture: give the other view's file")
         return [PicturePair(_common_name(Path(left).stem, Path(right).stem), Path(left), Path(right))]
     for one, other in ((left, right), (right, left)):
         if Path(one).is_file() and Path(other).is_dir():
@@ -210,7 +213,21 @@ def _normalizations() -> Iterable[tuple[Callable[[str], str], Callable[[str], st
     """Yield (of the left name, of the right name), the strictest first."""
     yield (lambda name: name), (lambda name: name)
     for left_sign, right_sign in _VIEW_SIGNS:
-        yield (lambda name, sign=left_sign: sign.sub("*", name)), (lambda name, sign=right_sign: sign.sub("*", name))  # type: ignore[misc]
+        for which in (slice(None), slice(-1, None), slice(1)):  # all; or the last or first one, as in R2_left, R2_right
+            yield (
+                partial(_without_signs, sign=left_sign, which=which, unsigned="left"),
+                partial(_without_signs, sign=right_sign, which=which, unsigned="right"),
+            )
+
+
+def _without_signs(name: str, sign: re.Pattern[str], which: slice, unsigned: str) -> str:
+    """Return a name with "*" for the signs of the view; one without any becomes a key that no other view's can be."""
+    signs = list(sign.finditer(name))[which]
+    if not signs:
+        return f"{unsigned}:{name}"
+    for found in reversed(signs):
+        name = f"{name[: found.start()]}*{name[found.end() :]}"
+    return name
 
 
 def _by_key(files: dict[Path, str], normalize: Callable[[str], str]) -> dict[str, list[Path]]:

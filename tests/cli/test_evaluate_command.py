@@ -155,6 +155,18 @@ def test_another_range_and_bands_of_rows(
     assert abs(errors["far"] - errors["whole"]) > 0.1
 
 
+def test_paths_may_begin_at_home(
+    scene_flow: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(weights.parent))
+    options = [f'checkpoint="~/{weights.name}"', *data_of(scene_flow), "workers=0", "device=cpu", "max_images=1"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["evaluate", *options, 'output_dir="~/results"']) == 0
+    assert (weights.parent / "results" / "metrics.json").is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_sgbm_pictures_and_comparison(repository: Path, scene_flow: Path, tmp_path: Path) -> None:
     runs = {}
     for protocol in ("default", "igev"):

@@ -81,6 +81,7 @@ def test_by_default_a_picture_and_pfm_and_old_results_are_replaced(tmp_path: Pat
         ("my.png", b"\x89PNG\r\n\x1a\n"),
         ("my.pfm", b"Pf\n64 48\n"),
         ("my.npy", b"\x93NUMPY"),
+        ("kitti.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x30\x10\0"),
         ("my_kitti.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x30\x10\0"),  # 16 bits, grey
     ],
 )
@@ -182,12 +183,19 @@ def test_a_disparity_that_the_format_cannot_hold_costs_no_other_pair(
 
     monkeypatch.setattr(DisparityPredictor, "__call__", far)
     out = tmp_path / "out"
-    arguments = (tmp_path / "left", tmp_path / "right", "-o", out, "--formats", "kitti", "--checkpoint", checkpoint)
-    assert predict(*arguments) == 2
-    assert len(list(out.iterdir())) == 2
+    options = ("--formats", "pfm,kitti,npy", "--checkpoint", checkpoint)
+    assert predict(tmp_path / "left", tmp_path / "right", "-o", out, *options) == 2
+    assert len(list(out.glob("*_kitti.png"))) == 2
+    assert len(list(out.glob("*.pfm"))) == len(list(out.glob("*.npy"))) == 3  # nor the others of its own
     errors = capsys.readouterr().err
     assert "does not fit KITTI's 16-bit PNG" in errors
     assert "1 of 3 pairs failed: 1" in errors
+
+    count = iter((1,))
+    one = tmp_path / "one"
+    assert predict(tmp_path / "left/1.png", tmp_path / "right/1.png", "-o", one, *options) == 2
+    assert sorted(path.name for path in one.iterdir()) == ["1.npy", "1.pfm"]
+    assert "does not fit KITTI's 16-bit PNG" in capsys.readouterr().err
 
 
 def test_suspicious_pairs_are_warned_of_and_good_ones_are_not(

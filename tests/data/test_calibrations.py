@@ -105,6 +105,12 @@ def test_ros_calibration(tmp_path: Path) -> None:
     assert read_calibration(path) == StereoCalibration(500.0, 0.12, 310.5, 239.5, 0.0, (640, 480))
     path.write_text("height: 480\nwidth: 640\nP: [500.0, 0.0, 310.5, -60.0, 0, 500.0, 239.5, 0, 0, 0, 1.0, 0]\n")
     assert read_calibration(path) == StereoCalibration(500.0, 0.12, 310.5, 239.5, 0.0, (640, 480))  # of a message
+    block = ROS.partition("  data: [500")[0] + "  data:\n" + "".join(
+        f"  - {number}\n" for number in (500.0, 0.0, 310.5, -60.0, 0.0, 5.0e2, 239.5, 0, 0, 0, 1, 0)
+    )  # fmt: skip
+    for text in (block, "%YAML 1.1\n---\n" + block + "roi: {}\n", "%YAML 1.2\n---\n" + ROS):
+        path.write_text(text)
+        assert read_calibration(path) == StereoCalibration(500.0, 0.12, 310.5, 239.5, 0.0, (640, 480))
 
 
 @pytest.mark.parametrize("suffix", [".yml", ".xml", ".json"])

@@ -154,15 +154,43 @@ def test_a_tiff_is_turned_once(tmp_path: Path, kind: str, orientation: int) -> N
     np.testing.assert_array_equal(read_picture(tmp_path / "turned.tif"), expected)
 
 
-def write_tiff(path: Path, values: np.ndarray, orientation: int) -> None:
-    """Write uint8 or uint16 [H, W, C] as one uncompressed strip (TIFF 6.0), which Pillow does not for 16-bit colour."""
+def test_channels_one_after_another_are_read_right_or_refused(tmp_path: Path) -> None:
+    picture = picture_of()
+    write_tiff(tmp_path / "planes.tif", picture, 1, planes=True)
+    np.testing.assert_array_equal(read_picture(tmp_path / "planes.tif"), picture)
+    write_tiff(tmp_path / "deep.tif", picture.astype(np.uint16) * 257, 1, planes=True)
+    with pytest.raises(InputError, match=r"deep\.tif: a TIFF with 16 bits and planes one after another; save it inter"):
+        read_picture(tmp_path / "deep.tif")
+
+
+def test_a_picture_beyond_what_is_decoded_is_not_called_damaged(tmp_path: Path) -> None:
+    Image.new("1", (16000, 12000)).save(tmp_path / "huge.png")
+    with pytest.raises(InputError, match=r"huge\.png: too large a picture \(.*192000000 pixels.*\): reduce it first"):
+        read_picture(tmp_path / "huge.png")
+
+
+def test_plain_text_pictures_leave_the_screen_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.ppm").write_text("P3\n2 1\n255\n1 2 3 250 0 9\n")
+    assert read_picture(tmp_path / "a.ppm").tolist() == [[[1, 2, 3], [250, 0, 9]]]
+    assert capfd.readouterr().err == ""
+
+
+def write_tiff(path: Path, values: np.ndarray, orientation: int, *, planes: bool = False) -> None:
+    """Write uint8 or uint16 [H, W, C] uncompressed (TIFF 6.0), which Pillow does not for 16-bit colour.
+
+    In one strip of whole pixels, or one for each channel.
+    """
     height, width, channels = values.shape
-    bits, data = 8 * values.itemsize, values.astype(values.dtype.newbyteorder("<")).tobytes()
+    ordered = np.moveaxis(values, 2, 0) if planes else values
+    bits, data = 8 * values.itemsize, ordered.astype(values.dtype.newbyteorder("<")).tobytes()
+    strips = channels if planes else 1
+    size = len(data) // strips
     short, long = 3, 4
     entries = [
         (256, short, [width]), (257, short, [height]), (258, short, [bits] * channels), (259, short, [1]),
-        (262, short, [2 if channels == 3 else 1]), (273, long, [8]), (274, short, [orientation]),
-        (277, short, [channels]), (278, short, [height]), (279, long, [len(data)]), (284, short, [1]),
+        (262, short, [2 if channels == 3 else 1]), (273, long, [8 + n * size for n in range(strips)]),
+        (274, short, [orientation]), (277, short, [channels]), (278, short, [height]), (279, long, [size] * strips),
+        (284, short, [1 + planes]),
     ]  # fmt: skip
     data += b"\0" * (len(data) % 2)
     directory = 8 + len(data)

@@ -80,6 +80,37 @@ def test_the_letters_of_a_sign_inside_a_word_are_no_sign(tmp_path: Path) -> None
     assert [p[0] for p in paired(tmp_path, "bright_le*.png", "bright_ri*.png")] == ["bright"]
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "names"),
+    [
+        ("{}_left.png", "{}_right.png", ("R2", "S1", "left_turn")),  # the sign is the last
+        ("room-{}/left.png", "room-{}/right.png", ("L", "R")),
+        ("left_corridor/{}_left.png", "left_corridor/{}_right.png", ("im", "in")),
+        ("left_{}.png", "right_{}.png", ("R2", "turn_left")),  # the first
+    ],
+)
+def test_names_with_letters_like_a_sign(tmp_path: Path, left: str, right: str, names: tuple[str, ...]) -> None:
+    make(tmp_path, *(f"one/{left.format(n)}" for n in names), *(f"two/{right.format(n)}" for n in names))
+    pairs = paired(tmp_path, "one", "two")
+    assert sorted(p[1:] for p in pairs) == [(f"one/{left.format(n)}", f"two/{right.format(n)}") for n in sorted(names)]
+    assert len({p[0] for p in pairs}) == len(names)
+
+
+def test_frames_that_are_numbered_like_views_are_no_pair(tmp_path: Path) -> None:
+    """One frame is missing on each side: what is left must not be taken for the two views of one."""
+    make(tmp_path, *(f"one/frame_{n:06}.png" for n in (1, 3)), *(f"two/frame_{n:06}.png" for n in (2, 3)))
+    with pytest.raises(InputError, match=r"left without a partner: .*one/frame_000001\.png; right without .*000002"):
+        paired(tmp_path, "one", "two")
+
+
+def test_one_file_is_not_both_views(tmp_path: Path) -> None:
+    make(tmp_path, "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    for other in ("a.png", "b.png"):
+        with pytest.raises(InputError, match=r"a\.png is named both as the left and as the right picture"):
+            paired(tmp_path, "a.png", other)
+
+
 def test_globs_pair_below_their_fixed_part(tmp_path: Path) -> None:
     make(tmp_path, *(f"{s}/{v}/{n}.png" for s in ("s1", "s2") for v in ("left", "right") for n in ("01", "02")))
     assert [p[0] for p in paired(tmp_path, "*/left/*.png", "*/right/*.png")] == ["s1/01", "s1/02", "s2/01", "s2/02"]
