@@ -26,6 +26,7 @@ from tqdm import tqdm
 from fa_stereo import distributed
 from fa_stereo.confidence import ConfidenceCounts
 from fa_stereo.config import AVERAGINGS, ProtocolConfig, RenderConfig, flatten, from_plain, to_plain
+from fa_stereo.data.datasets import comparable_settings
 from fa_stereo.data.formats import read_bytes, write_bytes
 from fa_stereo.data.loading import process_options
 from fa_stereo.data.sample import StereoSample, to_batch_item
@@ -555,7 +556,7 @@ def compare(
         raise InputError(f"samples must be positive, got {samples}")
     if seed < 0:
         raise InputError(f"seed must be zero or more, got {seed}")
-    _check_same_pixels(Path(folder_a), Path(folder_b))
+    rendered_alike = _check_same_pixels(Path(folder_a), Path(folder_b))
     (a, areas_a, truths_a), (b, areas_b, truths_b) = (
         _read_per_image(Path(folder) / PER_IMAGE_FILE, metric) for folder in (folder_a, folder_b)
     )
@@ -573,7 +574,7 @@ def compare(
             f"of {unlike!r} are {', '.join(areas_a[unlike])} in one and {', '.join(areas_b[unlike])} in the other"
         )
     unlike = next((name for name in a if "" not in (t := (truths_a[name], truths_b[name])) and t[0] != t[1]), None)
-    if unlike is not None:
+    if unlike is not None and not rendered_alike:  # whose last bits depend on the device
         raise InputError(
             f"{folder_a} and {folder_b} are evaluations of different images: the ground truth of {unlike!r} is not the "
             "same in both"
@@ -636,12 +637,13 @@ def _read_per_image(path: Path, metric: str) -> tuple[dict[str, float], dict[str
     return values, areas, truths
 
 
-def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
+def _check_same_pixels(folder_a: Path, folder_b: Path) -> bool:
+    """Refuse evaluations of other images or pixels; tell whether both are known to be of pairs rendered alike."""
     protocols, sources, rendered = zip(
         *(_read_source(folder / METRICS_FILE) for folder in (folder_a, folder_b)), strict=True
     )
     if None not in rendered:  # of which the same names can be other pictures, too
-        a, b = map(_flat_settings, rendered)
+        a, b = map(comparable_settings, rendered)
         key = next((key for key in {**a, **b} if a.get(key) != b.get(key)), None)
         if key is not None:
             raise InputError(
@@ -662,14 +664,8 @@ def _check_same_pixels(folder_a: Path, folder_b: Path) -> None:
                 f"{folder_a} and {folder_b} were evaluated on different pixels: {name} is {a} by protocol "
                 f"{protocols[0].name} and {b} by {protocols[1].name}; evaluate both by one protocol"
             )
-
-
-def _flat_settings(rendered: dict[str, Any]) -> dict[str, Any]:
-    """Return by full key how pairs were rendered, of one split or of several, with defaults for what came later."""
-    defaults = {key: value for key, value in to_plain(RenderConfig()).items() if key not in ("samples", "device")}
-    if all(isinstance(settings, dict) for settings in rendered.values()):
-        return flatten({split: {**defaults, **settings} for split, settings in rendered.items()})
-    return flatten({**defaults, **rendered})
+    on_the_fly = None not in sources and sources[0]["dataset.kind"] == "rendered"
+    return on_the_fly or None not in rendered
 
 
 def _read_source(path: Path) -> tuple[ProtocolConfig, dict[str, Any] | None, dict[str, Any] | None]:

@@ -139,7 +139,8 @@ def export_weights(
         InputError: The checkpoint, its data or the output cannot be used, or a weight is not finite in ``dtype``.
     """
     output = Path(output)
-    checkpoint = find_weights(checkpoint) if checkpoint in WEIGHT_NAMES else Path(checkpoint)
+    bundled = checkpoint in WEIGHT_NAMES and not Path(checkpoint).exists()  # a run's folder may be called so
+    checkpoint = find_weights(str(checkpoint)) if bundled else Path(checkpoint)
     if output.suffix != ".safetensors":
         raise InputError(f"{output}: name the output *.safetensors")
     if checkpoint.is_dir():
@@ -164,6 +165,7 @@ def export_weights(
         average_weights(
             model, [(str(name), load_model(file, device)) for name, file in zip(average_with, files, strict=True)]
         )
+        record.pop("batch_norm_pairs", None)  # its statistics are means now
         if "averaged_with" in record:
             record["averaged_before"] = _averagings(record)
         record["averaged_with"] = [

@@ -26,6 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fa_stereo.config import AttentionConfig, DatasetConfig, ModelConfig, RenderConfig, TrainConfig, flatten, to_plain
+from fa_stereo.data.datasets import comparable_settings
 from fa_stereo.errors import InputError
 from fa_stereo.files import LOCK_FILE
 from fa_stereo.history import FILE_NAME, read_history
@@ -214,7 +215,8 @@ def _pairs_of(record: dict[str, Any]) -> dict[str, Any]:
     rendered = record.get("rendered_pairs")
     pairs: dict[str, Any] = {"training_pairs": record.get("training_pairs")}
     for number, source in enumerate(rendered if isinstance(rendered, list) else [rendered]):
-        pairs |= flatten(source or {}, f"pairs{number or ''}.")
+        settings = comparable_settings(source) if source else {}
+        pairs |= {f"pairs{number or ''}.{key}": value for key, value in settings.items()}
     return pairs
 
 

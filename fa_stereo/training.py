@@ -84,8 +84,8 @@ _MUST_AGREE = ("trainer.batch_size", "trainer.seed", "optimizer.kind")
 # Loss scaling starts at 2^16 and halves with every gradient that overflows; down here it is not the scale's fault.
 _LEAST_LOSS_SCALE = 2.0**-14
 
-# Steps without a known pixel after which none is to be expected any more.
-_STEPS_WITHOUT = 100
+# An epoch without a known pixel ends a run, but not sooner than this, as crops may miss what is known, nor later.
+_STEPS_WITHOUT = (20, 100)
 
 
 class TrainingError(RuntimeError):
@@ -177,7 +177,9 @@ class Trainer:
         self.graph = GraphedPass(self._both_passes, self.model.parameters()) if self.settings.cuda_graph else None
         self.alarm = PlateauAlarm(self.settings.plateau_alarm_steps)
         self.ground_truth_seen, self.steps_without = False, 0
-        self.updating = False  # the weights are ahead of ``step``
+        self.phase = "between steps"  # or "passes", which move batch norm's statistics, or "update" of the weights
+        self.buffers = list(self.model.buffers())
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
         self.step = self.saved_step = 0
         self.validated_step = 0 if not self.settings.validate_at_start else -1
         self.validation: dict[str, float] = {}
@@ -248,6 +250,14 @@ class Trainer:
             try:
                 with StopRequest() as stop, logging_redirect_tqdm():
                     finished = self._loop(log, stop)
+            except TrainingError:
+                raise
+            except Exception:  # a lack of memory; or PyTorch interrupts whatever goes on as a loader's process is gone
+                if distributed.world_size() == 1 and self.phase != "update":
+                    if self.phase == "passes":
+                        torch._foreach_copy_(self.buffers, self.buffers_before)
+                    self._keep_training()
+                raise
             finally:
                 if log:
                     log.close()
@@ -275,17 +285,10 @@ class Trainer:
             batch = self._checked(loaded)
             start = time.perf_counter(), time.process_time()
             begin = start[0] if begin is None else begin
-            try:
-                values = self.train_step(batch, log)
-            except TrainingError:
-                raise
-            except Exception:  # a lack of memory; or PyTorch interrupts whatever goes on as a loader's process is gone
-                if distributed.world_size() == 1 and not self.updating:
-                    self._keep_training()
-                raise
+            values = self.train_step(batch, log)
             self.step_times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
             self.step += 1
-            self.updating = False
+            self.phase = "between steps"
             self.seconds_in_steps += time.perf_counter() - begin
             self._end_by_the_clock()
             if log:
@@ -356,6 +359,9 @@ class Trainer:
         Raises:
             TrainingError: The loss or the gradient is not finite; the weights are still as they were.
         """
+        self.phase = "passes"
+        if distributed.world_size() == 1:
+            torch._foreach_copy_(self.buffers_before, self.buffers)
         disparity = batch["disparity"].to(self.device, non_blocking=True)  # [B, H, W]
         counts = distributed.sum_over_processes(self.loss.count(disparity))
         self._check_ground_truth(counts)
@@ -406,7 +412,7 @@ class Trainer:
         }
 
     def _check_ground_truth(self, counts: Tensor) -> None:
-        """Refuse to go on without anything to learn from: an epoch, or a hundred steps, without a known pixel.
+        """Refuse to go on without anything to learn from: an epoch without a known pixel (of 20 to 100 steps).
 
         Args:
             counts: Of the step to come, over all processes, see ``StereoLoss``.
@@ -416,7 +422,8 @@ class Trainer:
             return
         self.steps_without += 1
         epoch = math.ceil(self.stream.samples / self.settings.batch_size)
-        if self.steps_without >= min(epoch, _STEPS_WITHOUT) or self.step + 1 >= self.total_steps:
+        low, high = _STEPS_WITHOUT
+        if self.steps_without >= min(max(epoch, low), high) or self.step + 1 >= self.total_steps:
             above = "above 0 and " if self.config.loss.mask_zero else ""
             raise InputError(
                 f"{self.steps_without * self.settings.batch_size} training samples, and no pixel among them whose "
@@ -459,7 +466,7 @@ class Trainer:
             raise self._not_finite("gradient", batch)
         if self.settings.gradient_clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.gradient_clip_norm, norm)
-        self.updating = True
+        self.phase = "update"
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=self.graph is None)  # a graph writes where the gradients were
@@ -749,6 +756,7 @@ class Trainer:
         if same_loss:  # another's is not to be compared with the best so far
             self.alarm.load_state_dict(state["alarm"])
         self.step = self.saved_step = state["step"]
+        self.ground_truth_seen = self.step > 0  # or it would not have come so far
         self.validated_step = state["validated_step"]
         self.validation, self.best = state["validation"], state["best"]
         self.lines = state.get("history", None if self._is_in_output_dir(path) else [])

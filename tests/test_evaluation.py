@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import subprocess
@@ -530,6 +531,16 @@ def test_pictures_of_one_name_size_and_number_of_pixels(two_runs: tuple[Path, Pa
                 compare(*two_runs)
         else:
             assert compare(*two_runs, samples=10).images == 10
+
+
+def test_pairs_rendered_alike_may_differ_in_the_last_bit(tmp_path: Path) -> None:
+    """As on a GPU and on a CPU."""
+    for name, device in (("a", "cpu"), ("b", "cuda")):
+        result = evaluate(brightness, Samples())
+        result.source = {"dataset": to_plain(DatasetConfig("rendered", rendered=RenderConfig(device=device)))}
+        result.per_image[0] = dataclasses.replace(result.per_image[0], truth=name * 8)
+        saved(tmp_path / name, result)
+    assert compare(tmp_path / "a", tmp_path / "b", samples=10).difference == 0
 
 
 def test_few_images_bear_no_verdict() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_the_mean_with_other_weights(run: Path, tmp_path: Path, capsys: pytest.C
     assert record["averaged_with"] == [{"steps": 9, "samples_seen_in_all": 70}]
     files = [str(tmp_path / f"{name}.safetensors") for name in "abc"]
     assert main(["export-weights", str(run), "-o", files[2].replace("c.", "e."), "--precision", "fp32",
-                 "--average-with", files[0], files[1], files[1]]) == 0  # fmt: skip
+                 "--average-with", files[0], "--average-with", files[1], "--average-with", files[1]]) == 0  # fmt: skip
     assert len(read_record(tmp_path / "e.safetensors")["averaged_with"]) == 3
     first, mean, of_four = (dict(load_model(tmp_path / f"{name}.safetensors").named_parameters()) for name in "ace")
     for name, parameter in first.items():
@@ -272,11 +273,20 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(
         assert not Path(out).exists()
 
 
-@pytest.mark.parametrize("note", ["validation=3", "training=hi", "validation_curve=none", "started_from=[1]"])
+@pytest.mark.parametrize(
+    "note", ["validation=3", 'validation={"d1": "good"}', "training=hi", "validation_curve=none", "started_from=[1]"]
+)
 def test_notes_may_say_anything_of_what_the_record_has(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], note: str
 ) -> None:
     assert main(["export-weights", str(run), "-o", str(tmp_path / "w.safetensors"), "--note", note]) == 0
     key, _, value = note.partition("=")
-    told = "1 entries" if key == "started_from" else value
+    told = {"started_from": "1 entries", "validation": "d1 good" if "good" in note else value}.get(key, value)
     assert f"  {key}: {told}\n" in capsys.readouterr().out
+
+
+def test_a_run_may_be_called_as_bundled_weights(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert export_weights("small", tmp_path / "w.safetensors")["steps"] > 6  # the bundled ones
+    shutil.copytree(run, tmp_path / "small")
+    assert export_weights("small", tmp_path / "w.safetensors")["steps"] == 6

@@ -234,8 +234,12 @@ def test_runs_on_other_pairs_are_other_variants(tmp_path: Path) -> None:
         weights = folder / "weights.safetensors"
         record = read_record(weights) | {"training_pairs": 40, "rendered_pairs": pairs}
         save_weights(load_model(weights), weights, record)
+    for name, seed, pairs in (("d", 2, {"seed": 1, "device": "cuda"}), ("e", 3, {"seed": 1, "haze": 0.15})):
+        weights = write_run(tmp_path / name, seed=seed) / "weights.safetensors"  # rendered alike
+        record = read_record(weights) | {"training_pairs": 40, "rendered_pairs": pairs}
+        save_weights(load_model(weights), weights, record)
     variants = group_runs(find_runs([tmp_path])[0])
-    assert [len(variant.runs) for variant in variants] == [1, 1, 1]
+    assert [len(variant.runs) for variant in variants] == [3, 1, 1]
     assert [variant.label for variant in variants] == [
         "factorized, pairs.seed=1", "factorized, pairs.seed=2", "factorized, pairs.seed=4",
     ]  # fmt: skip

@@ -602,11 +602,23 @@ def test_a_lack_of_memory_in_a_step_does_not_cost_what_was_trained(
             assert caplog.messages == ["no pictures of step 3: out of memory", "no pictures of step 6: out of memory"]
             return
         both_passes = trainer._both_passes
-        monkeypatch.setattr(trainer, "_both_passes", lambda *a: starved() if trainer.step == 4 else both_passes(*a))
+        statistics = {}
+
+        def passes(*inputs: Any) -> Any:
+            if trainer.step == 4:
+                statistics.update({name: buffer.clone() for name, buffer in trainer.model.named_buffers()})
+                both_passes(*inputs)  # as far as that moves batch norm's statistics
+                starved()
+            return both_passes(*inputs)
+
+        monkeypatch.setattr(trainer, "_both_passes", passes)
         with pytest.raises(torch.OutOfMemoryError):
             trainer.run()
     state = read_torch_file(tmp_path / "run" / "last.pt")
     assert state["step"] == 4
+    assert statistics
+    for name, buffer in statistics.items():
+        assert torch.equal(state["model"][name], buffer), name
     assert_identical(state["optimizer"], trainer.optimizer.state_dict(), "optimizer")
 
 
@@ -622,7 +634,13 @@ def test_data_without_anything_to_learn_from_end_the_run(tmp_path: Path, truth: 
     ):
         Trainer(tiny_config(pairs, tmp_path / "run", **changes)).run()
     write_pfm(pairs / "disparity/002.pfm", np.full((48, 80), 5.0, np.float32))  # one pair in an epoch is enough
+    changes |= {"trainer__batch_size": 1, "trainer__freeze_batch_norm": True}
     assert Trainer(tiny_config(pairs, tmp_path / "other", **changes)).run().finished
+    for steps in range(1, 7):  # whatever the last one sees
+        folder = tmp_path / f"resumed_{steps}"
+        for until in (12, 12 + steps):
+            changes["trainer__max_steps"] = until
+            assert Trainer(tiny_config(pairs, folder, **changes)).run().finished
 
 
 def test_weights_to_start_from_are_told_to_be_unused_by_a_run_that_goes_on(

@@ -18,7 +18,7 @@ EXAMPLES = """\
 examples:
   fa-stereo export-weights runs/train/2031-05-06_07-08-09 -o small.safetensors
   fa-stereo export-weights RUN/best.pt -o small.safetensors --reestimate-batch-norm 400
-  fa-stereo export-weights RUN -o mean.safetensors --average-with small ANOTHER_RUN/weights.safetensors
+  fa-stereo export-weights RUN -o mean.safetensors --average-with small --average-with RUN_2/weights.safetensors
   fa-stereo export-weights RUN -o small.safetensors --note data="pairs rendered by fa_stereo" --note licence=MIT"""
 
 
@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
         "--regression", choices=REGRESSIONS, help="how the weights are to predict (default: as the run validated)"
     )
     parser.add_argument(
-        "--average-with", nargs="+", default=[], metavar="WEIGHTS",
-        help="write the mean of these and other weights of the same network (bundled names or files), those that the "
-        "run started from for example, or those of other runs from the same start",
+        "--average-with", action="append", default=[], metavar="WEIGHTS",
+        help="write the mean of these and other weights of the same network (a bundled name or a file), those that the "
+        "run started from for example, or those of other runs from the same start; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--reestimate-batch-norm",
@@ -104,7 +104,8 @@ def summary(record: dict[str, Any]) -> str:
         elif key in ("training", "rendered_pairs", "started_from") and isinstance(value, dict | list):
             value = f"{len(value)} entries"
         elif key == "validation" and isinstance(value, dict):
-            value = ", ".join(f"{name} {figure:.4g}" for name, figure in value.items()) or None
+            figures = {k: f"{v:.4g}" if isinstance(v, int | float) else v for k, v in value.items()}
+            value = ", ".join(f"{name} {figure}" for name, figure in figures.items()) or None
         lines.append(f"  {key}: {'not known' if value is None else value}")
     return "\n".join(lines)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import ConcatDataset, Dataset
 
-from fa_stereo.config import DataConfig, DatasetConfig
+from fa_stereo.config import DataConfig, DatasetConfig, RenderConfig, flatten, to_plain
 from fa_stereo.data.eth3d import Eth3d
 from fa_stereo.data.kitti import Kitti
 from fa_stereo.data.middlebury import Middlebury2006, Middlebury2014, MiddleburyV2
@@ -99,6 +100,24 @@ def rendered_settings(config: DatasetConfig) -> dict[str, Any] | None:
     found = {split: read_settings(expand_user(config.root), split) for split in scene_flow_splits(config)}
     known = {split: settings for split, settings in found.items() if settings is not None}
     return next(iter(known.values())) if len(found) == 1 and known else known or None
+
+
+def comparable_settings(rendered: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by full key what makes rendered pairs, of one split or of several, with defaults for what came later.
+
+    Args:
+        rendered: As ``rendered_settings`` returns it, perhaps of another version. How many pairs were rendered and on
+            which device is left out, as neither makes another pair.
+    """
+    beside = ("samples", "device")
+    defaults = to_plain(RenderConfig())
+
+    def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in {**defaults, **settings}.items() if key not in beside}
+
+    if all(isinstance(settings, Mapping) for settings in rendered.values()):
+        return flatten({split: complete(settings) for split, settings in rendered.items()})
+    return flatten(complete(rendered))
 
 
 def _pool_rendered(parts: list[Dataset[StereoSample]], workers: int) -> list[Dataset[StereoSample]]:

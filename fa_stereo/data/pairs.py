@@ -150,13 +150,16 @@ _VIEW_SIGNS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = (
 )
 
 
+_LETTERS = _VIEW_SIGNS[0]
+
+
 def pair_pictures(left: str, right: str) -> list[PicturePair]:
     """Pair two files, two folders or two glob patterns: by name, never by position.
 
     Two files are a pair whatever their names. In folders (with all their sub-folders) and patterns, pictures belong
     together when their paths below the folder, or below the part of the pattern before its first wildcard, are equal
-    without extension; or else when they are equal but for the sign of the view: left/right, L/R, im0/im1,
-    image_2/image_3, view1/view5 and the like. Every picture must have exactly one partner.
+    without extension; or else when they are equal but for the sign of the view: left/right, L/R, or, if all names
+    have one, im0/im1, image_2/image_3, view1/view5 and the like. Every picture must have exactly one partner.
 
     Args:
         left: Path of a picture, of a folder, or a pattern (``**`` crosses folders).
@@ -221,9 +224,13 @@ def _normalizations() -> Iterable[tuple[Callable[[str], str], Callable[[str], st
 
 
 def _without_signs(name: str, sign: re.Pattern[str], which: slice, unsigned: str) -> str:
-    """Return a name with "*" for the signs of the view; one without any becomes a key that no other view's can be."""
+    """Return a name with "*" for the signs of the view.
+
+    A name without any is as it is; but where signs are numbers it becomes a key that no name of the other view can
+    have: in a sequence, in which one frame is missing on each side, these would be taken for the views of one.
+    """
     signs = list(sign.finditer(name))[which]
-    if not signs:
+    if not signs and sign not in _LETTERS:
         return f"{unsigned}:{name}"
     for found in reversed(signs):
         name = f"{name[: found.start()]}*{name[found.end() :]}"

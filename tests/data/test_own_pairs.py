@@ -103,6 +103,11 @@ def test_frames_that_are_numbered_like_views_are_no_pair(tmp_path: Path) -> None
         paired(tmp_path, "one", "two")
 
 
+def test_names_with_and_without_a_sign(tmp_path: Path) -> None:
+    make(tmp_path, "one/desk_left.png", "one/shelf.png", "two/desk_right.png", "two/shelf.png")
+    assert [p[0] for p in paired(tmp_path, "one", "two")] == ["desk", "shelf"]
+
+
 def test_one_file_is_not_both_views(tmp_path: Path) -> None:
     make(tmp_path, "a.png")
     (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
