@@ -341,8 +341,8 @@ class Trainer:
         return batch
 
     def _keep_training(self) -> None:
-        """Write ``last.pt`` before an error ends the run, unless it holds this step already."""
-        if self.step > self.saved_step:
+        """Write ``last.pt`` before an error ends the run, unless it holds this step already or nothing was learnt."""
+        if self.step > self.saved_step and self.ground_truth_seen:
             self._save("last.pt")
             self._tell("last.pt holds the training up to step %d", self.step)
 
@@ -659,6 +659,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "alarm": self.alarm.state_dict(),
+                "ground_truth_seen": self.ground_truth_seen,
                 "validated_step": self.validated_step,
                 "best": self.best,
                 "best_settings": self.best_settings,
@@ -756,7 +757,7 @@ class Trainer:
         if same_loss:  # another's is not to be compared with the best so far
             self.alarm.load_state_dict(state["alarm"])
         self.step = self.saved_step = state["step"]
-        self.ground_truth_seen = self.step > 0  # or it would not have come so far
+        self.ground_truth_seen = state.get("ground_truth_seen", True)  # older checkpoints do not say
         self.validated_step = state["validated_step"]
         self.validation, self.best = state["validation"], state["best"]
         self.lines = state.get("history", None if self._is_in_output_dir(path) else [])

@@ -633,6 +633,9 @@ def test_data_without_anything_to_learn_from_end_the_run(tmp_path: Path, truth: 
         InputError, match=r"no pixel among them whose disparity is known, below model\.max_disparity=16"
     ):
         Trainer(tiny_config(pairs, tmp_path / "run", **changes)).run()
+    for _ in range(2):  # whatever was saved on the way, the same command says so again
+        with pytest.raises(InputError, match="no pixel among them"):
+            Trainer(tiny_config(pairs, tmp_path / "run", **changes)).run()
     write_pfm(pairs / "disparity/002.pfm", np.full((48, 80), 5.0, np.float32))  # one pair in an epoch is enough
     changes |= {"trainer__batch_size": 1, "trainer__freeze_batch_norm": True}
     assert Trainer(tiny_config(pairs, tmp_path / "other", **changes)).run().finished
