@@ -172,8 +172,6 @@ def pair_pictures(left: str, right: str) -> list[PicturePair]:
         InputError: Nothing is there, or some pictures have no partner or several.
     """
     if Path(left).is_file() and Path(right).is_file():
-        if Path(left).samefile(right):
-            raise InputError(f"{left} is named both as the left and as the right picture: give the other view's file")
         return [PicturePair(_common_name(Path(left).stem, Path(right).stem), Path(left), Path(right))]
     for one, other in ((left, right), (right, left)):
         if Path(one).is_file() and Path(other).is_dir():

@@ -108,14 +108,6 @@ def test_names_with_and_without_a_sign(tmp_path: Path) -> None:
     assert [p[0] for p in paired(tmp_path, "one", "two")] == ["desk", "shelf"]
 
 
-def test_one_file_is_not_both_views(tmp_path: Path) -> None:
-    make(tmp_path, "a.png")
-    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
-    for other in ("a.png", "b.png"):
-        with pytest.raises(InputError, match=r"a\.png is named both as the left and as the right picture"):
-            paired(tmp_path, "a.png", other)
-
-
 def test_globs_pair_below_their_fixed_part(tmp_path: Path) -> None:
     make(tmp_path, *(f"{s}/{v}/{n}.png" for s in ("s1", "s2") for v in ("left", "right") for n in ("01", "02")))
     assert [p[0] for p in paired(tmp_path, "*/left/*.png", "*/right/*.png")] == ["s1/01", "s1/02", "s2/01", "s2/02"]
