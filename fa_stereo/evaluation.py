@@ -573,7 +573,8 @@ def compare(
             f"{folder_a} and {folder_b} are evaluations of different images: height, width and pixels that count "
             f"of {unlike!r} are {', '.join(areas_a[unlike])} in one and {', '.join(areas_b[unlike])} in the other"
         )
-    unlike = next((name for name in a if "" not in (t := (truths_a[name], truths_b[name])) and t[0] != t[1]), None)
+    recorded = [name for name in a if truths_a[name] and truths_b[name]]
+    unlike = next((name for name in recorded if truths_a[name] != truths_b[name]), None)
     if unlike is not None and not rendered_alike:  # whose last bits depend on the device
         raise InputError(
             f"{folder_a} and {folder_b} are evaluations of different images: the ground truth of {unlike!r} is not the "

@@ -143,6 +143,8 @@ def export_weights(
     checkpoint = find_weights(str(checkpoint)) if bundled else Path(checkpoint)
     if output.suffix != ".safetensors":
         raise InputError(f"{output}: name the output *.safetensors")
+    if data_root is not None and not batch_norm_pairs:
+        raise InputError(f"--data-root {data_root}: the data is needed for --reestimate-batch-norm alone: leave it out")
     if checkpoint.is_dir():
         checkpoint = checkpoint / "last.pt"
         if not checkpoint.is_file():
@@ -165,17 +167,9 @@ def export_weights(
         average_weights(
             model, [(str(name), load_model(file, device)) for name, file in zip(average_with, files, strict=True)]
         )
-        record.pop("batch_norm_pairs", None)  # its statistics are means now
-        if "averaged_with" in record:
-            record["averaged_before"] = _averagings(record)
-        record["averaged_with"] = [
-            {**{key: other.get(key) for key in ("steps", "samples_seen_in_all")}, **_averagings(other)}
-            for other in map(find_record, files)
-        ]
+        record = _record_of_mean(record, [find_record(file) for file in files])
     if (average_with or batch_norm_pairs) and "validation" in record:
         record["validation"] = {}  # of other weights than these
-    if data_root is not None and not batch_norm_pairs:
-        raise InputError(f"--data-root {data_root}: the data is needed for --reestimate-batch-norm alone: leave it out")
     if batch_norm_pairs:
         data = from_plain(DataConfig, state["config"]["data"], where=f"{checkpoint}: data")
         if data_root is not None:
@@ -202,6 +196,17 @@ def export_weights(
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror or error}); choose another place") from error
     return record
+
+
+def _record_of_mean(record: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the record of the mean of weights with this record and of others, which forgets no mean before."""
+    mean = {key: value for key, value in record.items() if key != "batch_norm_pairs"}  # its statistics are means now
+    if "averaged_with" in record:
+        mean["averaged_before"] = _averagings(record)
+    mean["averaged_with"] = [
+        {**{key: other.get(key) for key in ("steps", "samples_seen_in_all")}, **_averagings(other)} for other in others
+    ]
+    return mean
 
 
 def _averagings(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ _VIEW_SIGNS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = (
     (_numbered(2), _numbered(6)),
 )
 
-
+# Signs that a name may do without, as no sequence of frames counts by them.
 _LETTERS = _VIEW_SIGNS[0]
 
 

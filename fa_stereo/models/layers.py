@@ -107,10 +107,10 @@ def finished(
 
     Args:
         layer: A convolution with its batch norm.
-        x: What it maps.
+        x: What it maps, [B, C_in, H, W], or [B, C_in, D, H, W] for a 3-D one.
         padding: Of a 3-D one, along disparity.
         relu: Apply a ReLU.
-        addend: Of the result's shape.
+        addend: Of the result's shape, [B, C_out, H', W'] or [B, C_out, D', H', W'].
     """
     if fuses(layer, x, addend):
         conv = layer.conv
