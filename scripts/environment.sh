@@ -27,7 +27,13 @@ if [ ! -x .venv/bin/fa-stereo ] || ! grep -qxF "$wanted" .venv/installed 2>/dev/
         }
     fi
     echo "Installing into .venv (PyTorch is large: a few minutes the first time) ..." >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}" || {
+        free() { df -Ph "$1" | awk 'NR == 2 { print $4 }'; }
+        echo "The installation did not end: the reason is above. With CUDA's PyTorch it takes 6 GB in $(pwd)" \
+            "($(free .) free) and up to 3 GB for a while in ${TMPDIR:-/tmp} ($(free "${TMPDIR:-/tmp}") free)." \
+            "Mend that and call $0 again." >&2
+        exit 2
+    }
     # An install with the extras serves without them too.
     { [ -z "$extras" ] || echo "extras= $(cksum < pyproject.toml) $(pwd)"; echo "$wanted"; } > .venv/installed
 fi

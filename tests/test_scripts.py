@@ -25,6 +25,7 @@ case "$*" in
         touch .venv/pip ;;
     "-m pip --version") [ -e .venv/pip ] ;;
     "-m pip install"*)
+        [ -z "${NO_SPACE:-}" ] || { echo "ERROR: No space left on device" >&2; exit 1; }
         for program in fa-stereo ruff mypy; do
             printf '#!/bin/sh\necho "%s $*"\n' $program > .venv/bin/$program
             chmod +x .venv/bin/$program
@@ -93,6 +94,18 @@ def test_a_half_made_environment_is_made_again(clone: Path) -> None:
     done, installed = run(clone, "demo")
     assert done.returncode == 0, done.stderr
     assert len(installed) == 1
+
+
+def test_an_installation_that_fails_says_what_it_needs(clone: Path) -> None:
+    done, _ = run(clone, "demo", NO_SPACE="1", TMPDIR=str(clone))
+    assert done.returncode == 2
+    reason, remedy = done.stderr.splitlines()[-2:]
+    assert reason == "ERROR: No space left on device"
+    assert f"6 GB in {clone} (" in remedy
+    assert f"3 GB for a while in {clone} (" in remedy
+    assert remedy.endswith("demo again.")
+    done, installed = run(clone, "demo")  # what was not installed is installed then
+    assert (done.returncode, len(installed)) == (0, 1), done.stderr
 
 
 def test_somebody_elses_environment_is_left_alone(clone: Path) -> None:
