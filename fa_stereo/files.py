@@ -56,6 +56,35 @@ def save_atomically(path: str | Path, write: Callable[[Path], object], *, durabl
             temporary.unlink(missing_ok=True)
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        InputError: The file is missing, unreadable, a folder, or empty.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not content:
+        raise InputError(f"{path}: the file is empty (0 bytes); fetch it again")
+    return content
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name in the same folder, then renamed.
+
+    Raises:
+        InputError: The folder is missing or cannot be written.
+    """
+    try:
+        save_atomically(path, lambda temporary: temporary.write_bytes(content), durable=False)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def _umask() -> int:
     """Return the process' mask of permissions; where Linux does not tell it, by setting it for a moment."""
     with suppress(OSError):

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fa_stereo.data.formats import read_bytes, write_bytes
 from fa_stereo.errors import InputError
+from fa_stereo.files import read_bytes, write_bytes
 
 FILE_NAME = "history.jsonl"
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_stereo.cli.options import parse_names, parse_size
-from fa_stereo.cli.predict import add_weights_arguments, named_weights, prepare_output_folder
+from fa_stereo.cli.outputs import prepare_output_folder
+from fa_stereo.cli.predictors import add_weights_arguments, named_weights
 from fa_stereo.cli.tables import duration, markdown_table
 from fa_stereo.config import INFERENCE_PRECISIONS, PRECISIONS
 from fa_stereo.errors import InputError
+from fa_stereo.files import write_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +103,6 @@ def main(argv: list[str]) -> int:
 
     from tqdm import tqdm
 
-    from fa_stereo.data.formats import write_bytes
     from fa_stereo.machine import describe_machine
     from fa_stereo.profiling import TUNED_ALLOCATOR, compare, measure
 
@@ -326,8 +327,6 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from fa_stereo.data.formats import write_bytes
 
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from fa_stereo.config import DATASET_KINDS, DatasetConfig, SceneFlowConfig
 from fa_stereo.data.datasets import checked_root, open_dataset
-from fa_stereo.data.formats import write_bytes
 from fa_stereo.data.pairs import FileDataset
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.scene_flow import (
@@ -34,6 +33,7 @@ from fa_stereo.data.scene_flow import (
     list_scene_flow,
 )
 from fa_stereo.errors import InputError
+from fa_stereo.files import write_bytes
 from fa_stereo.machine import available_cores
 
 _LARGE_DISPARITY_PX = 192  # what the paper's networks can express

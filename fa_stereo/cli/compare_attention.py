@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_stereo.cli.options import parse_names, parse_size
-from fa_stereo.cli.predict import prepare_output_folder
+from fa_stereo.cli.outputs import prepare_output_folder
 from fa_stereo.cli.tables import markdown_table
 from fa_stereo.config import ATTENTION_SLOTS, PRECISIONS
 from fa_stereo.errors import InputError
+from fa_stereo.files import write_bytes
 
 if TYPE_CHECKING:
     from fa_stereo.attention_profiling import Case
@@ -155,8 +156,6 @@ def main(argv: list[str]) -> int:
     text = format_report(report)
     print(text)
     if output:
-        from fa_stereo.data.formats import write_bytes
-
         write_bytes(output / "attention.json", json.dumps(report, indent=2).encode())
         write_bytes(output / "attention.md", (text + "\n").encode())
         plot_report(report, output / "attention.png")
@@ -422,8 +421,6 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from fa_stereo.data.formats import write_bytes
 
     rows = report["rows"]
     modes = list(dict.fromkeys(row["mode"] for row in rows))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fa_stereo.cli.predict import add_predictor_arguments, load_named_predictor, prepare_output_folder
+from fa_stereo.cli.outputs import prepare_output_folder
+from fa_stereo.cli.predictors import add_predictor_arguments, load_named_predictor
 from fa_stereo.errors import InputError
 
 if TYPE_CHECKING:

@@ -316,7 +316,7 @@ def _sheet(image: EvaluatedImage) -> NDArray[np.uint8]:
 
 
 def _compare(argv: list[str]) -> int:
-    from fa_stereo.evaluation import compare
+    from fa_stereo.comparison import compare
     from fa_stereo.metrics import METRICS
 
     parser = argparse.ArgumentParser(

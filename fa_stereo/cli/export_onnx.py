@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fa_stereo.cli.predict import add_weights_arguments, named_weights, prepare_output_folder
+from fa_stereo.cli.outputs import prepare_output_folder
+from fa_stereo.cli.predictors import add_weights_arguments, named_weights
 from fa_stereo.errors import InputError
+from fa_stereo.files import write_bytes
 
 DESCRIPTION = """\
 Writes the network as an ONNX file for pictures of one size, for ONNX Runtime and other runtimes that read such files:
@@ -46,7 +48,6 @@ def main(argv: list[str]) -> int:
     import numpy as np
 
     from fa_stereo.cli.demo import read_demo_pair
-    from fa_stereo.data.formats import write_bytes
     from fa_stereo.inference import load_predictor
     from fa_stereo.onnx_export import check_packages, export_onnx, run_onnx
 

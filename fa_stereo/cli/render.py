@@ -15,10 +15,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fa_stereo.config import RenderConfig, to_plain
-from fa_stereo.data.formats import write_bytes
 from fa_stereo.data.loading import interrupts_ignored, start_renderer
 from fa_stereo.data.rendered import LARGEST_SET, RenderedPairs, frame_files, read_settings, settings_file, write_frame
 from fa_stereo.errors import InputError
+from fa_stereo.files import write_bytes
 from fa_stereo.machine import available_cores
 
 FLAGS = ("samples", "height", "width", "seed", "max_disparity", "difficulty")

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fa_stereo.cli.predict import add_weights_arguments, check_outputs, named_weights, prepare_output_folder
+from fa_stereo.cli.outputs import check_outputs, prepare_output_folder
+from fa_stereo.cli.predictors import add_weights_arguments, named_weights
 from fa_stereo.errors import InputError
+from fa_stereo.files import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -323,8 +325,6 @@ def _numpy(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    from fa_stereo.data.formats import write_bytes
-
     write_bytes(path, content)
     print(path)
 

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fa_stereo.cli.predict import prepare_output_folder
+from fa_stereo.cli.outputs import prepare_output_folder
 from fa_stereo.errors import InputError
+from fa_stereo.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,8 +70,6 @@ def main(argv: list[str]) -> int:
     prepare_output_folder(output)
     report = make_report(variants, baseline, size)
     report["command"] = " ".join(["fa-stereo", "summarize", *argv])
-
-    from fa_stereo.data.formats import write_bytes
 
     text = format_report(report)
     write_bytes(output / "summary.md", (text + "\n").encode())

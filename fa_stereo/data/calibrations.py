@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from fa_stereo.data.formats import read_bytes
 from fa_stereo.errors import InputError
+from fa_stereo.files import read_bytes
 from fa_stereo.geometry import StereoCalibration
 
 

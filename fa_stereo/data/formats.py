@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fa_stereo.errors import InputError, RangeError
-from fa_stereo.files import save_atomically
+from fa_stereo.files import read_bytes, write_bytes
 
 PICTURE_EXTENSIONS = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 DISPARITY_EXTENSIONS = (".pfm", ".png", ".npy")
@@ -52,39 +52,6 @@ _DECODING_ERRORS = (
     zlib.error,
 )
 _PFM_HEADER = re.compile(rb"(P[Ff])\s+(\d+)\s+(\d+)\s+([-+.\deE]+)(\r\n|\s)")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# bytes
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """Return a file's content.
-
-    Raises:
-        InputError: The file is missing, unreadable, a folder, or empty.
-    """
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if not content:
-        raise InputError(f"{path}: the file is empty (0 bytes); fetch it again")
-    return content
-
-
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name in the same folder, then renamed.
-
-    Raises:
-        InputError: The folder is missing or cannot be written.
-    """
-    try:
-        save_atomically(path, lambda temporary: temporary.write_bytes(content), durable=False)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 # --------------------------------------------------------------------------------------------------------------------

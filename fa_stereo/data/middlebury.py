@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fa_stereo.data.formats import read_bytes, read_scaled_disparity
+from fa_stereo.data.formats import read_scaled_disparity
 from fa_stereo.data.pairs import FileDataset, FrameFiles, few
 from fa_stereo.errors import InputError
+from fa_stereo.files import read_bytes
 
 _RESOLUTION_LETTERS = {"quarter": "Q", "half": "H", "full": "F"}
 _RESOLUTION_FOLDERS_2006 = {"third": "ThirdSize", "half": "HalfSize", "full": "FullSize"}

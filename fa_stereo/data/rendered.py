@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fa_stereo.config import RenderConfig, to_plain
-from fa_stereo.data.formats import read_bytes, write_pfm, write_picture
+from fa_stereo.data.formats import write_pfm, write_picture
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.scenes import Appearance, Scene, Shape, random_scene
 from fa_stereo.data.transforms import LUMA
 from fa_stereo.errors import InputError
+from fa_stereo.files import read_bytes
 
 # Offsets of the samples of a pixel: the centre, which alone decides disparity, then a rotated grid for the colours of
 # pixels that more than one surface shares.

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fa_stereo.config import SceneFlowConfig
-from fa_stereo.data.formats import read_bytes, read_disparity, write_bytes
+from fa_stereo.data.formats import read_disparity
 from fa_stereo.data.pairs import FileDataset, FrameFiles, few
 from fa_stereo.errors import InputError
-from fa_stereo.files import expand_user
+from fa_stereo.files import expand_user, read_bytes, write_bytes
 
 # Frames of the full download by set and split, per pass.
 EXPECTED_FRAMES: dict[tuple[str, str], int] = {

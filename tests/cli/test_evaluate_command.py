@@ -20,10 +20,11 @@ from torch import Tensor
 from fa_stereo.cli.evaluate import PictureWriter, deviations, repeat_in_full
 from fa_stereo.cli.hydra_entry import run_hydra
 from fa_stereo.cli.main import main
+from fa_stereo.comparison import compare
 from fa_stereo.config import DATASET_KINDS, DatasetConfig, EvaluateConfig, ModelConfig, ProtocolConfig, SceneFlowConfig
 from fa_stereo.data.formats import read_picture, write_pfm
 from fa_stereo.errors import InputError
-from fa_stereo.evaluation import EvaluatedImage, compare
+from fa_stereo.evaluation import EvaluatedImage
 from fa_stereo.metrics import ErrorSums, ImageErrors
 from fa_stereo.models.checkpoint import save_weights
 from fa_stereo.models.psmnet import build_model
