@@ -42,7 +42,7 @@ from fa_stereo.memory import (
     start_peak,
 )
 from fa_stereo.models.features import SLOT_MAPS
-from fa_stereo.models.optimized import DTYPES, optimize_for_inference, prepare_for_training
+from fa_stereo.models.optimized import autocast, optimize_for_inference, to_channels_last
 from fa_stereo.models.psmnet import StereoOutput, build_model
 
 SCOPES = ("block", "features", "network")
@@ -265,7 +265,7 @@ def build_run(case: Case) -> Run:
         if case.scope == "features":
             return Run(_forward(case, model, lambda: model.features(left)))
         return Run(_forward(case, model, lambda: model(left, right)))
-    prepare_for_training(model.to(case.device)).train()
+    to_channels_last(model.to(case.device)).train()
     model.activation_checkpointing = case.activation_checkpointing
     model.features.pyramid.freeze_lonely_values(case.batch, case.height // 4, case.width // 4)
     if case.scope == "features":
@@ -284,7 +284,7 @@ def _forward(case: Case, module: nn.Module, compute: Callable[[], Any]) -> Calla
     module.requires_grad_(False)
 
     def forward() -> Tensor:
-        with torch.inference_mode(), _autocast(case):
+        with torch.inference_mode(), autocast(torch.device(case.device), case.precision):
             result: Tensor = compute()
             return result
 
@@ -296,16 +296,11 @@ def _step(
 ) -> Callable[[], Tensor | None]:
     def step() -> None:
         module.zero_grad()
-        with _autocast(case):
+        with autocast(torch.device(case.device), case.precision):
             output: Tensor = compute()
         torch.autograd.backward(output, None if gradient is None else gradient.to(output.dtype))
 
     return step
-
-
-def _autocast(case: Case) -> torch.autocast:
-    device_type = torch.device(case.device).type
-    return torch.autocast(device_type, dtype=DTYPES[case.precision], enabled=case.precision != "fp32")
 
 
 @torch.no_grad()

@@ -33,6 +33,9 @@ AGGREGATIONS = ("stacked_hourglass", "basic")
 REGRESSIONS = ("expectation", "modal")
 PRECISIONS = ("fp32", "bf16", "fp16")
 INFERENCE_PRECISIONS = (*PRECISIONS, "mixed")
+SCENE_FLOW_SETS = ("flyingthings3d", "monkaa", "driving")
+SCENE_FLOW_LAYOUTS = ("official", "psmnet", "merged")
+SCENE_FLOW_PASSES = ("clean", "final", "both")
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -186,19 +189,19 @@ class SceneFlowConfig:
 
     layout: str = "auto"
     passes: str = "clean"
-    sets: list[str] = field(default_factory=lambda: ["flyingthings3d", "monkaa", "driving"])
+    sets: list[str] = field(default_factory=lambda: list(SCENE_FLOW_SETS))
     right_disparity: bool = False
     unused_files: str | None = None
     cache_index: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("scene_flow.layout", self.layout, ("auto", "official", "psmnet", "merged"))
-        _check_choice("scene_flow.passes", self.passes, ("clean", "final", "both"))
+        _check_choice("scene_flow.layout", self.layout, ("auto", *SCENE_FLOW_LAYOUTS))
+        _check_choice("scene_flow.passes", self.passes, SCENE_FLOW_PASSES)
         self.sets = list(self.sets)
         for name in self.sets:
-            _check_choice("scene_flow.sets", name, ("flyingthings3d", "monkaa", "driving"))
+            _check_choice("scene_flow.sets", name, SCENE_FLOW_SETS)
         if not self.sets:
-            raise InputError("scene_flow.sets is empty: name at least one of flyingthings3d, monkaa, driving")
+            raise InputError(f"scene_flow.sets is empty: name at least one of {', '.join(SCENE_FLOW_SETS)}")
 
 
 @dataclass
@@ -350,6 +353,11 @@ class DatasetConfig:
         _check_choice("resolution", self.resolution, (None, "quarter", "third", "half", "full"))
         _check_positive("limit", self.limit, none=True)
 
+    @property
+    def lacks_root(self) -> bool:
+        """Whether the folder that it needs is not given."""
+        return self.kind != "rendered" and self.root is None
+
 
 DATASET_KINDS = (
     "scene_flow",
@@ -430,6 +438,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_positive("data.workers", self.workers, zero=True)
         _check_positive("data.render_workers", self.render_workers, zero=True)
+
+    @property
+    def sources(self) -> dict[str, DatasetConfig]:
+        """All that is trained on, by full key."""
+        return {"data.train": self.train} | {f"data.also.{i}": source for i, source in enumerate(self.also)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -647,7 +660,7 @@ class ProtocolConfig:
 
     Attributes:
         name: Printed and stored with every result.
-        passes: Scene Flow's ``clean`` or ``final`` pass; other data sets have none.
+        passes: Scene Flow's ``clean`` or ``final`` pass, or ``both``; other data sets have none.
         images: Size of the random subset that is evaluated; None evaluates all images.
         image_seed: Seed of NumPy's legacy generator that draws the subset.
         expected_images: Size of the whole test set, to say so when a result rests on fewer; None does not.
@@ -683,7 +696,7 @@ class ProtocolConfig:
     min_valid_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_choice("protocol.passes", self.passes, ("clean", "final", "both"))
+        _check_choice("protocol.passes", self.passes, SCENE_FLOW_PASSES)
         _check_choice("protocol.padding", self.padding, PADDINGS)
         _check_choice("protocol.averaging", self.averaging, AVERAGINGS)
         _check_choice("protocol.outlier_averaging", self.outlier_averaging, (None, *AVERAGINGS))
@@ -776,7 +789,7 @@ class EvaluateConfig:
             raise InputError(f"method=sgbm computes in integers: leave out precision={self.precision}")
         if self.method == "sgbm" and self.tile is not None:
             raise InputError("method=sgbm computes whole pictures: leave out tile")
-        if self.dataset.kind != "rendered" and self.dataset.root is None:
+        if self.dataset.lacks_root:
             raise InputError(
                 f"dataset.root is not given: name the folder of {self.dataset.kind} (data/README.md says how it is "
                 "laid out), or take dataset=rendered"

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from fa_stereo import distributed
 from fa_stereo.confidence import ConfidenceCounts
-from fa_stereo.config import AVERAGINGS, ProtocolConfig, to_plain
+from fa_stereo.config import AVERAGINGS, PRECISIONS, ProtocolConfig, to_plain
 from fa_stereo.data.loading import process_options
 from fa_stereo.data.sample import StereoSample, to_batch_item
 from fa_stereo.data.transforms import normalize_images
@@ -42,6 +42,7 @@ from fa_stereo.metrics import (
     headline_averaging,
     valid_mask,
 )
+from fa_stereo.models.optimized import autocast
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Left and right view, uint8 [1, 3, H, W] on the CPU, to left disparity in pixels, float [1, H, W] on any device; or to
@@ -54,7 +55,6 @@ TABLE_ERRORS = "surrogateescape"
 
 _METRIC_TITLES = {"end_point_error": "EPE px", "bad_1": "bad-1 %", "bad_2": "bad-2 %", "bad_3": "bad-3 %", "d1": "D1 %"}
 _REGION_TITLES = {"all": "all", "noc": "non-occluded", "occ": "occluded"}
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -182,8 +182,8 @@ def network_predictor(
     Raises:
         InputError: The precision is unknown.
     """
-    if precision not in ("fp32", *_DTYPES):
-        raise InputError(f"precision must be one of fp32, {', '.join(_DTYPES)}, got {precision!r}")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if device is None:
         assert isinstance(network, nn.Module)
         device = next(network.parameters()).device
@@ -191,7 +191,7 @@ def network_predictor(
 
     def predict(left: Tensor, right: Tensor) -> Tensor:
         views = [normalize_images(view.to(place, non_blocking=True)) for view in (left, right)]
-        with torch.autocast(place.type, dtype=_DTYPES.get(precision, torch.bfloat16), enabled=precision != "fp32"):
+        with autocast(place, precision):
             if confidence:
                 return torch.cat(network(*views, confidence=True)).float()
             disparity: Tensor = network(*views)

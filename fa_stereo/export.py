@@ -181,7 +181,7 @@ def export_weights(
                 raise InputError(f"--data-root {data_root}: the run's pairs are rendered, in no folder: leave it out")
             data.train.root = data_root
         data.render_workers = 0  # the first pairs of the run, not the first that are there
-        for part in (data.train, *data.also):
+        for part in data.sources.values():
             part.rendered.device = "auto"  # not that of the machine it was trained on
         batches = training_batches(data, state["config"]["trainer"]["seed"], batch_norm_pairs, batch_size, workers)
         record["batch_norm_pairs"] = reestimate_batch_norm(

@@ -182,7 +182,6 @@ class ImageErrors:
         name: The sample's name.
         height: Rows that were evaluated.
         width: Columns that were evaluated.
-        known: Pixels with ground truth above the protocol's lower bound, whatever its upper one.
         regions: Sums by region: ``all``, and ``noc`` and ``occ`` where the data set says what is occluded.
         skipped: Left out of every average, having too few valid pixels for the protocol.
         truth: CRC-32 of the ground truth (float32, row by row) in hexadecimal, by which images of one name
@@ -193,7 +192,6 @@ class ImageErrors:
     name: str
     height: int
     width: int
-    known: int
     regions: dict[str, ErrorSums]
     skipped: bool = False
     truth: str = ""
@@ -251,7 +249,6 @@ class StreamingMetrics:
             name=name,
             height=truth.shape[0],
             width=truth.shape[1],
-            known=known,
             regions=regions,
             skipped=regions["all"].pixels < protocol.min_valid_fraction * known
             or (protocol.min_valid_fraction > 0 and known == 0),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fa_stereo.compilation import compile_network
-from fa_stereo.config import INFERENCE_PRECISIONS, AttentionConfig, ModelConfig
+from fa_stereo.config import INFERENCE_PRECISIONS, AttentionConfig, ModelConfig, RenderConfig
 from fa_stereo.cuda_graph import GraphedPass, record_cuda_graph
 from fa_stereo.errors import InputError
 from fa_stereo.machine import compute_float32_in_full
@@ -33,7 +33,7 @@ from fa_stereo.memory import keep_freed_memory, memory_in_use, peak_memory, retu
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
-from fa_stereo.models.optimized import DTYPES, optimize_for_inference, prepare_for_training
+from fa_stereo.models.optimized import DTYPES, autocast, optimize_for_inference, to_channels_last
 from fa_stereo.models.psmnet import PSMNet, build_model
 
 PARTS = ("features", "first_convolution", "aggregation", "regression", "network", "training_step", "pairs")
@@ -146,7 +146,7 @@ def build_run(task: Task) -> Callable[[], Tensor | None]:
     model = _build_model(task).to(device)
     if task.part == "training_step":
         return _training_step(task, model)
-    autocast = task.path == "plain" and task.precision not in ("fp32", "fp64")
+    lowered = task.path == "plain" and task.precision not in ("fp32", "fp64")
     if task.path != "plain":
         model = optimize_for_inference(model, task.precision)
     elif task.precision == "fp64":
@@ -158,7 +158,7 @@ def build_run(task: Task) -> Callable[[], Tensor | None]:
         compute = _inference_part(task, model)
 
     def run() -> Tensor:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=DTYPES.get(task.precision), enabled=autocast):
+        with torch.inference_mode(), torch.autocast(device.type, dtype=DTYPES.get(task.precision), enabled=lowered):
             return compute()
 
     return run
@@ -221,7 +221,7 @@ def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:
     if task.freeze_batch_norm:
         set_batch_norm_to_eval(model)
     if task.path != "plain":
-        prepare_for_training(model)
+        to_channels_last(model)
     if task.path == "compiled":
         compile_network(model)
     model.features.pyramid.freeze_lonely_values(task.batch, task.height // 4, task.width // 4)
@@ -229,7 +229,7 @@ def _training_step(task: Task, model: PSMNet) -> Callable[[], None]:
     torch.backends.cudnn.benchmark = True  # as in training
 
     def both_passes(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(device.type, dtype=DTYPES[task.precision], enabled=task.precision != "fp32"):
+        with autocast(device, task.precision):
             disparities = model(left, right).disparities
         loss = torch.stack([disparity.mean() for disparity in disparities]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -259,7 +259,6 @@ def _example_views(task: Task) -> list[Tensor]:
 
 def example_pair(height: int, width: int, batch: int) -> tuple[Tensor, Tensor]:
     """Return a rendered pair as normalised views [B, 3, H, W]."""
-    from fa_stereo.config import RenderConfig
     from fa_stereo.data.rendered import RenderedPairs
     from fa_stereo.data.transforms import normalize_images
 

@@ -91,23 +91,21 @@ def _score_in_bands(
 
 
 def estimate_memory(
-    config: ModelConfig, height: int, width: int, band_height: int | None = None, *,
-    overlap: int = DEFAULT_OVERLAP_PX, precision: str = "fp32",
-) -> int:  # fmt: skip
+    config: ModelConfig, height: int, width: int, band_height: int | None = None, *, precision: str = "fp32"
+) -> int:
     """Return about how many bytes predicting one pair takes on the CPU, beyond the process and the network itself.
 
     Args:
         config: The network's configuration.
         height: Of the picture, in pixels.
         width: Of the picture, in pixels.
-        band_height: As for ``predict_in_bands``; None for the whole picture at once.
-        overlap: As for ``predict_in_bands``.
+        band_height: As for ``predict_in_bands``, with its usual overlap; None for the whole picture at once.
         precision: fp32, bf16, fp16 or mixed.
     """
     feature_bytes, volume_bytes = _BYTES[precision]
     c, depths = config.base_channels, config.max_disparity // 4
     height4, width4 = -(-height // SIZE_MULTIPLE) * 4, -(-width // SIZE_MULTIPLE) * 4
-    rows = height4 if band_height is None else min(height4, (band_height + 2 * overlap) // 4)
+    rows = height4 if band_height is None else min(height4, (band_height + 2 * DEFAULT_OVERLAP_PX) // 4)
     cells = height4 * width4
     # Live at once in res1: three maps of c channels at half resolution, later res2, res4, pools and the result. Three
     # times that was measured, in sizes that an allocator cannot always use again; less than half of it stays.
@@ -132,9 +130,8 @@ def estimate_memory(
 
 
 def choose_band_height(
-    config: ModelConfig, height: int, width: int, budget_bytes: int, *,
-    overlap: int = DEFAULT_OVERLAP_PX, precision: str = "fp32",
-) -> int | None:  # fmt: skip
+    config: ModelConfig, height: int, width: int, budget_bytes: int, *, precision: str = "fp32"
+) -> int | None:
     """Return the largest band height whose ``estimate_memory`` keeps within the budget; None if no bands are needed.
 
     Raises:
@@ -142,7 +139,7 @@ def choose_band_height(
     """
 
     def needed(band_height: int | None) -> int:
-        return estimate_memory(config, height, width, band_height, overlap=overlap, precision=precision)
+        return estimate_memory(config, height, width, band_height, precision=precision)
 
     if needed(None) <= budget_bytes:
         return None

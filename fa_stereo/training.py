@@ -10,30 +10,23 @@ the learning rate goes by the clock, with ``data.render_workers`` the data; no t
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
 import math
-import random
-import signal
 import statistics
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -67,16 +60,18 @@ from fa_stereo.machine import describe_device
 from fa_stereo.memory import is_out_of_memory
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_matching_weights, read_torch_file, save_weights
-from fa_stereo.models.optimized import computes_in_hardware, prepare_for_training
-from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet, StereoOutput, build_model
+from fa_stereo.models.optimized import autocast, computes_in_hardware, to_channels_last
+from fa_stereo.models.psmnet import SIZE_MULTIPLE, StereoOutput, build_model
+from fa_stereo.random_states import random_state, seed_everything, set_random_state
 from fa_stereo.sampling import Batch, StepSampler, TrainingStream, make_loader
 from fa_stereo.schedules import learning_rate_factor
+from fa_stereo.stop_request import StopRequest
 from fa_stereo.training_log import PlateauAlarm, TrainingLog
+from fa_stereo.weight_average import WeightAverage
 from fa_stereo.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # What must be as it was for a resumed run to see the data it would have seen, and for its optimizer's state to fit.
 _MUST_AGREE = ("trainer.batch_size", "trainer.seed", "optimizer.kind")
@@ -153,7 +148,7 @@ class Trainer:
         if self.settings.max_minutes is not None:
             self.total_steps = sys.maxsize  # until the time is over
 
-        _seed_everything(self.settings.seed)
+        seed_everything(self.settings.seed)
         self.model = build_model(config.model)
         self.started_from: dict[str, Any] | None = None
         if checkpoint is None and self.settings.init_from is not None:
@@ -161,7 +156,7 @@ class Trainer:
             report = load_matching_weights(self.model, weights)
             self.started_from = find_record(weights)
             self._tell("from %s: %s", self.settings.init_from, report.summary().replace("\n", "; "))
-        prepare_for_training(self.model.to(self.device))
+        to_channels_last(self.model.to(self.device))
         torch.backends.cudnn.benchmark = True  # all training crops have one size
         self.average = WeightAverage(self.model, self.settings.ema_decay) if self.settings.ema_decay else None
         if self.settings.activation_checkpointing:
@@ -444,7 +439,7 @@ class Trainer:
             Loss, cross-entropy, the loss of each output and the end-point error, all divided by the counts; and the
             disparity predicted, [B, H, W].
         """
-        with self._autocast():
+        with autocast(self.device, self.settings.precision):
             output: StereoOutput = self.network(left, right)
         terms = self.loss(output, truth, counts)
         # DistributedDataParallel averages over processes; the loss is a share of a sum over them.
@@ -483,10 +478,6 @@ class Trainer:
         self.network.train()
         if self.settings.freeze_batch_norm:
             set_batch_norm_to_eval(self.model)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        precision = self.settings.precision
-        return torch.autocast(self.device.type, dtype=_DTYPES[precision], enabled=precision != "fp32")
 
     def _uncompiled(self, wanted: bool = True) -> AbstractContextManager[object]:
         """Run the network as it is written: hooks are called, other sizes than that of the crops do not recompile."""
@@ -630,7 +621,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------------
     # checkpoints
 
-    def _save_if_due(self, stopping: bool = False) -> None:
+    def _save_if_due(self, stopping: bool) -> None:
         names = []
         if self._due(self.settings.keep_every_steps, self.step):
             names.append(f"step_{self.step:07d}.pt")
@@ -645,7 +636,7 @@ class Trainer:
         Raises:
             TrainingError: It could not be written; what was there before is untouched.
         """
-        random_states = distributed.gather_objects(_random_state())
+        random_states = distributed.gather_objects(random_state())
         if not self.is_first:
             self._note_saved(names)
             return
@@ -771,7 +762,7 @@ class Trainer:
         self.seconds_in_steps = state.get("seconds_in_steps", self.seconds or 0.0)  # older checkpoints do not have it
         self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
         if distributed.rank() < len(state["random_states"]):
-            _set_random_state(state["random_states"][distributed.rank()])
+            set_random_state(state["random_states"][distributed.rank()])
 
     def _validates_otherwise(self, changed: Sequence[str]) -> bool:
         """Tell whether the errors to come cannot be compared with the best one's, given the keys that have changed."""
@@ -875,62 +866,6 @@ class Trainer:
 # what the loop is made of
 
 
-class WeightAverage:
-    """An exponential moving average of a network's weights and of batch norm's statistics.
-
-    ``average += (1 - decay) * (weights - average)``; in the first steps the decay is at most
-    (1 + step) / (10 + step), so that the average forgets the initial weights.
-
-    Args:
-        model: The network; the average starts as a copy of it.
-        decay: From 0 to below 1.
-    """
-
-    def __init__(self, model: PSMNet, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model: PSMNet, step: int) -> None:
-        """Move the average towards the weights after a step (counted from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        averaged, current = self.model.state_dict(), model.state_dict()
-        floating = [name for name, tensor in averaged.items() if tensor.is_floating_point()]
-        counters = [name for name in averaged if name not in set(floating)]  # batch norm's
-        # All at once, which a GPU does in a few kernels instead of one for each tensor.
-        update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        update([averaged[name] for name in floating], [current[name] for name in floating], step)
-        torch._foreach_copy_([averaged[name] for name in counters], [current[name] for name in counters])
-
-
-class StopRequest(AbstractContextManager["StopRequest"]):
-    """Notes SIGTERM and the first SIGINT (Ctrl-C) instead of ending the process; a second SIGINT ends it as usual.
-
-    Attributes:
-        requested: Whether one of them came.
-    """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
-            self._previous = {number: signal.signal(number, self._note) for number in self._SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        logger.info("%s: finishing the step and saving", signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 class _StoppedInValidation(Exception):
     """Asked to stop while a validation was under way."""
 
@@ -968,12 +903,9 @@ def _split_batch(batch: Batch, size: int | None) -> list[Batch]:
 
 
 def _check_data(config: TrainConfig) -> None:
-    sources = {"train": config.data.train} | {f"also.{i}": part for i, part in enumerate(config.data.also)}
-    for name, source in sources.items():
-        if source.kind != "rendered" and source.root is None:
-            raise InputError(
-                f"data.{name}.root must be given: the folder of the pairs, laid out as data/README.md says"
-            )
+    for name, source in config.data.sources.items():
+        if source.lacks_root:
+            raise InputError(f"{name}.root must be given: the folder of the pairs, laid out as data/README.md says")
     for name in ("crop_height", "crop_width"):
         value = getattr(config.data.augmentation, name)
         if value % SIZE_MULTIPLE:
@@ -1014,12 +946,12 @@ def _check_clock(config: TrainConfig) -> None:
 
 def _how_rendered(config: DataConfig) -> dict[str, Any] | list[dict[str, Any] | None] | None:
     """Return the settings that lie beside rendered pairs on disk; with ``also``, those of every source, or None."""
-    settings = [rendered_settings(source) for source in (config.train, *config.also)]
+    settings = [rendered_settings(source) for source in config.sources.values()]
     return settings if config.also and any(settings) else settings[0]
 
 
 def _open_validation(config: DatasetConfig | None) -> Dataset[StereoSample] | None:
-    if config is None or (config.kind != "rendered" and config.root is None):
+    if config is None or config.lacks_root:
         return None
     pairs = open_dataset(config)
     check_truth(pairs, "data.validation")
@@ -1040,29 +972,3 @@ def _choose_device(name: str) -> torch.device:
         device = choose_device(name)
         torch.cuda.set_device(device)
     return device
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - whatever draws from the global state shall be repeatable
-    torch.manual_seed(seed)
-
-
-def _random_state() -> dict[str, Any]:
-    """Return all global random states as tensors and plain data, which is what checkpoints may hold."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return {
-        "python": random.getstate(),
-        "numpy": (str(kind), np.asarray(keys).tolist(), *(x.item() if isinstance(x, np.generic) else x for x in rest)),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from fa_stereo.attention import FactorizedAttention
 from fa_stereo.attention.masks import attention_of, mask_name, strongest_masks
+from fa_stereo.memory import peak_memory
 from fa_stereo.visualization import colorize_disparity, colorize_error, contact_sheet, overlay_weights
 
 logger = logging.getLogger(__name__)
@@ -163,10 +163,8 @@ class TrainingLog:
 
 def _memory_gigabytes() -> float:
     """Return the most memory used so far: PyTorch's on the GPU if there is one in use, else this process's."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 1e9
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / 1e9 if sys.platform == "darwin" else used * 1024 / 1e9  # kilobytes, but bytes on macOS
+    in_use = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
+    return peak_memory("cuda" if in_use else "cpu") / 1e9
 
 
 class PlateauAlarm:

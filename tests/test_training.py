@@ -31,7 +31,8 @@ from fa_stereo.machine import compute_float32_in_full
 from fa_stereo.models import layers
 from fa_stereo.models.checkpoint import load_model, read_record, read_torch_file, save_weights
 from fa_stereo.models.psmnet import build_model
-from fa_stereo.training import Trainer, TrainingError, WeightAverage, build_optimizer
+from fa_stereo.training import Trainer, TrainingError, build_optimizer
+from fa_stereo.weight_average import WeightAverage
 from tests.gpu import needs_gpu
 
 

@@ -17,15 +17,20 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fa_stereo.config import DATASET_KINDS, DatasetConfig, SceneFlowConfig
+from fa_stereo.config import (
+    DATASET_KINDS,
+    SCENE_FLOW_LAYOUTS,
+    SCENE_FLOW_PASSES,
+    SCENE_FLOW_SETS,
+    DatasetConfig,
+    SceneFlowConfig,
+)
 from fa_stereo.data.datasets import checked_root, open_dataset
 from fa_stereo.data.pairs import FileDataset
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.scene_flow import (
     EXPECTED_FRAMES,
     EXPECTED_FRAMES_OF_PART,
-    LAYOUTS,
-    SCENE_FLOW_SETS,
     AbsentSplitError,
     SceneFlowFrames,
     available_sets,
@@ -164,9 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("root", metavar="ROOT", help="folder of the data set (data/README.md shows the layouts)")
     kinds = [kind for kind in DATASET_KINDS if kind != "rendered"]
     parser.add_argument("--kind", choices=kinds, default="scene_flow", help="data set (default: %(default)s)")
-    parser.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help="Scene Flow only")
+    parser.add_argument("--layout", choices=("auto", *SCENE_FLOW_LAYOUTS), default="auto", help="Scene Flow only")
     parser.add_argument(
-        "--passes", choices=("clean", "final", "both"), default="clean", help="Scene Flow only (default: %(default)s)"
+        "--passes", choices=SCENE_FLOW_PASSES, default="clean", help="Scene Flow only (default: %(default)s)"
     )
     parser.add_argument(
         "--sets", nargs="+", choices=SCENE_FLOW_SETS, metavar="SET", help="Scene Flow only; default: all"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa_stereo.cli.options import parse_names, parse_size
 from fa_stereo.cli.outputs import prepare_output_folder
-from fa_stereo.cli.tables import markdown_table
+from fa_stereo.cli.tables import duration, markdown_table
 from fa_stereo.config import ATTENTION_SLOTS, PRECISIONS
 from fa_stereo.errors import InputError
 from fa_stereo.files import write_bytes
@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--scope", default="block", choices=("block", "features", "network"))
+    parser.add_argument("--scope", default="block", choices=tuple(DEFAULT_SIZES))
     parser.add_argument(
         "--variants", metavar="LIST",
         help="any of conf/attention (none, factorized, factorized_heads, non_local_fused, axial_whole, ...), "
@@ -192,11 +192,10 @@ def plan(arguments: argparse.Namespace) -> list[list[Case]]:
         raise InputError("--fit-batch draws a line through measured batches: give two or more, such as --batches 1,2,4")
     key_channels = arguments.key_channels or 2 * arguments.base_channels
     configs = {
-        variant: variant_config(
-            variant, key_channels, arguments.heads, value_channels=arguments.value_channels
-        )
+        variant: variant_config(variant, key_channels, arguments.heads, value_channels=arguments.value_channels)
         for variant in variants
-    }  # fmt: skip
+    }
+    device, budget_bytes = str(choose_device(arguments.device)), parse_bytes(arguments.budget)
     inputs = sorted(itertools.product(sizes, batches), key=lambda entry: math.prod(entry[0]) * entry[1])
     return [
         [
@@ -204,8 +203,7 @@ def plan(arguments: argparse.Namespace) -> list[list[Case]]:
                 variant, configs[variant], arguments.scope, mode, *size, batch, precision,
                 base_channels=arguments.base_channels, slots=slots, max_disparity=arguments.max_disparity,
                 activation_checkpointing=arguments.activation_checkpointing,
-                device=str(choose_device(arguments.device)), threads=arguments.threads,
-                budget_bytes=parse_bytes(arguments.budget),
+                device=device, threads=arguments.threads, budget_bytes=budget_bytes,
             )
             for precision in precisions
             for variant in variants
@@ -317,7 +315,7 @@ def _label(row: dict[str, Any]) -> str:
 
 def _time_or_status(row: dict[str, Any]) -> str:
     if row["status"] == "measured":
-        return _seconds(row["seconds"])
+        return duration(row["seconds"])
     if row["status"] == "out_of_memory":
         return "OOM" + _of_machine(row)
     return str(row["reason"]) if row["status"] == "too_slow" else f"failed: {row['reason']}"
@@ -392,10 +390,6 @@ def _fit_table(entries: list[dict[str, Any]]) -> str:
     return "**Computed, not measured**: memory used at other batches, by straight lines\n\n" + markdown_table(
         header, cells, left=3
     )
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
 def _bytes(value: float | None) -> str:

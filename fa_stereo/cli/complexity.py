@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -240,18 +241,7 @@ def as_plain(blocks: Iterable[BlockRow]) -> dict[str, Any]:
             {**asdict(item), "printed": str(item.printed), "counted": str(item.counted)}
             for item in complexity.disagreements()
         ],
-        "statements": [
-            {
-                "claim": item.claim,
-                "unit": item.unit,
-                "stated": item.stated,
-                "by_print": item.by_print,
-                "by_count": item.by_count,
-                "agrees": item.agrees,
-                "reason": item.reason,
-            }
-            for item in complexity.statements()
-        ],
+        "statements": [{**asdict(item), "agrees": item.agrees} for item in complexity.statements()],
         "figure_4": [asdict(point) for point in complexity.figure_4()],
         "figure_5": [
             {"network": name, **asdict(point)}
@@ -279,19 +269,11 @@ def draw(path: Path) -> None:
     for row, (title, label, points) in zip(axes, figures, strict=True):
         for axis, quantity in zip(row, ("memory", "computation"), strict=True):
             for module, color, marker in (("FA", "tab:blue", "o"), ("CA", "tab:red", "s")):
-                curve = sorted((p for p in points if p.module.startswith(module)), key=positions)
+                curve = sorted((p for p in points if p.module.startswith(module)), key=lambda p: math.prod(p.size))
                 values = [p.memory_bytes / 1e9 if quantity == "memory" else p.computation_macc / 1e9 for p in curve]
                 name = "factorized" if module == "FA" else "conventional"
-                axis.loglog([positions(p) for p in curve], values, color=color, marker=marker, label=name)
+                axis.loglog([math.prod(p.size) for p in curve], values, color=color, marker=marker, label=name)
             axis.set(title=title, xlabel=label, ylabel="memory, GB" if quantity == "memory" else "computation, GMACC")
             axis.grid(visible=True, which="both", alpha=0.3)
             axis.legend()
     save_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format=path.suffix[1:]), durable=False)
-
-
-def positions(point: Resources) -> int:
-    """Return the number of positions of a point's input."""
-    count = 1
-    for side in point.size:
-        count *= side
-    return count

@@ -14,7 +14,7 @@ from fa_stereo.data.eth3d import Eth3d
 from fa_stereo.data.kitti import Kitti
 from fa_stereo.data.middlebury import Middlebury2006, Middlebury2014, MiddleburyV2
 from fa_stereo.data.pairs import FileDataset, OwnPairs
-from fa_stereo.data.rendered import read_settings
+from fa_stereo.data.rendered import RenderedPairs, read_settings
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.scene_flow import SceneFlow
 from fa_stereo.errors import InputError
@@ -30,8 +30,6 @@ def open_dataset(config: DatasetConfig) -> Dataset[StereoSample]:
         InputError: The root is not given, missing, empty or incomplete.
     """
     if config.kind == "rendered":
-        from fa_stereo.data.rendered import RenderedPairs  # reading files needs no renderer
-
         samples = min(config.rendered.samples, config.limit or config.rendered.samples)
         return RenderedPairs(dataclasses.replace(config.rendered, samples=samples))
     dataset = _open(config)
@@ -46,20 +44,19 @@ def open_training_pairs(config: DataConfig) -> Dataset[StereoSample]:
     Where horizontal flips are asked for, the first pair of every source is read, to see whether it can be flipped.
 
     Raises:
-        InputError: As for ``open_dataset``, with the part's place; or a source has no ground truth, or cannot be
-            flipped.
+        InputError: As for ``open_dataset``, with the key of one of several sources; or a source has no ground truth, or
+            cannot be flipped.
     """
-    parts = [open_dataset(config.train)]
-    for i, part in enumerate(config.also):
+    parts: list[Dataset[StereoSample]] = []
+    for name, source in config.sources.items():
         try:
-            parts.append(open_dataset(part))
+            parts.append(open_dataset(source))
         except InputError as error:
-            raise InputError(f"data.also.{i}: {error}") from error
-    names = ["data.train", *(f"data.also.{i}" for i in range(len(config.also)))]
-    for name, pairs in zip(names, parts, strict=True):
+            raise InputError(f"{name}: {error}" if config.also else str(error)) from error
+    for name, pairs in zip(config.sources, parts, strict=True):
         check_truth(pairs, name)
     if config.augmentation.horizontal_flip > 0:
-        for name, source, pairs in zip(names, (config.train, *config.also), parts, strict=True):
+        for (name, source), pairs in zip(config.sources.items(), parts, strict=True):
             if source.kind != "rendered" and len(pairs) and pairs[0].right_disparity is None:  # type: ignore[arg-type]
                 remedy = f"{name}.scene_flow.right_disparity=true" if source.kind == "scene_flow" else "another source"
                 raise InputError(
@@ -123,7 +120,6 @@ def comparable_settings(rendered: Mapping[str, Any]) -> dict[str, Any]:
 def _pool_rendered(parts: list[Dataset[StereoSample]], workers: int) -> list[Dataset[StereoSample]]:
     """Replace the rendered ones of several sources by a pool of all their pairs."""
     from fa_stereo.data.pool import RenderedPool
-    from fa_stereo.data.rendered import RenderedPairs
 
     rendered = [part for part in parts if isinstance(part, RenderedPairs)]
     if not rendered:

@@ -103,11 +103,11 @@ def _of_size(array: NDArray[Any], path: str, size: tuple[int, ...], beside: str)
     return array
 
 
-def few(names: Iterable[str], count: int = 3) -> str:
-    """Return the first names for a message, and how many more there are."""
+def few(names: Iterable[str]) -> str:
+    """Return the first three names for a message, and how many more there are."""
     listed = list(names)
-    more = f" and {len(listed) - count} more" if len(listed) > count else ""
-    return ", ".join(listed[:count]) + more
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(listed[:3]) + more
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -308,20 +308,19 @@ class OwnPairs(FileDataset):
 
     Args:
         root: The folder that holds them.
-        right_disparity: Read the right view's disparities too, if their folder is there.
 
     Raises:
         InputError: A folder or a file is missing.
     """
 
-    def __init__(self, root: str | Path, right_disparity: bool = True) -> None:
+    def __init__(self, root: str | Path) -> None:
         root = Path(root)
         for view in ("left", "right"):
             if not (root / view).is_dir():
                 raise InputError(f"{root / view}: no such folder; own pairs lie in {root}/left and {root}/right")
         pairs = pair_pictures(str(root / "left"), str(root / "right"))
         disparities = _list_disparities(root / "disparity")
-        right_disparities = _list_disparities(root / "right_disparity") if right_disparity else None
+        right_disparities = _list_disparities(root / "right_disparity")
         super().__init__(
             [
                 FrameFiles(

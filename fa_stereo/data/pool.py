@@ -27,7 +27,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from fa_stereo.config import RenderConfig
 from fa_stereo.data.loading import interrupts_ignored, start_renderer
-from fa_stereo.data.rendered import RenderedPairs, render_pair
+from fa_stereo.data.rendered import RenderedPairs, pair_name, render_pair
 from fa_stereo.data.sample import StereoSample
 from fa_stereo.errors import InputError
 
@@ -99,9 +99,7 @@ class RenderedPool(Dataset[StereoSample]):
         kind, number = self._pairs[index]
         left, right = self._pictures[index].copy()
         disparity, right_disparity = self._disparities[index].copy()
-        return StereoSample(
-            f"rendered/{self._configs[kind].seed}/{number:06d}", left, right, disparity, right_disparity
-        )
+        return StereoSample(pair_name(self._configs[kind], number), left, right, disparity, right_disparity)
 
     @property
     def rendered(self) -> int:

@@ -86,13 +86,18 @@ def render_pair(config: RenderConfig, index: int, device: str | torch.device = "
     views = render_scene(scene, device)
     left, right = photograph(config, views.left, views.right, np.random.default_rng(camera_seed))
     return StereoSample(
-        name=f"rendered/{config.seed}/{index:06d}",
+        name=pair_name(config, index),
         left=left,
         right=right,
         disparity=views.disparity,
         right_disparity=views.right_disparity,
         occluded=views.occluded,
     )
+
+
+def pair_name(config: RenderConfig, index: int) -> str:
+    """Return the name of a rendered pair."""
+    return f"rendered/{config.seed}/{index:06d}"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -41,8 +41,6 @@ EXPECTED_FRAMES_OF_PART: dict[tuple[str, str], int] = {
     ("test", "TEST/B"): 1470,
     ("test", "TEST/C"): 1460,
 }
-LAYOUTS = ("official", "psmnet", "merged")
-SCENE_FLOW_SETS = ("flyingthings3d", "monkaa", "driving")
 _OFFICIAL_FOLDERS = {"flyingthings3d": "FlyingThings3D", "monkaa": "Monkaa", "driving": "Driving"}
 _PICTURE_EXTENSIONS = (".png", ".webp")  # the first is taken where both are there
 _INDEX_VERSION = 1

@@ -90,10 +90,10 @@ class Surface:
         variation = self._variation(half_width, half_height)
         return self.value - variation, self.value + variation
 
-    def fitted(self, half_width: float, half_height: float, smallest: float, largest: float) -> Surface:
-        """Return this surface flattened as much as it takes to stay in bounds and to be seen once by each view."""
-        value = min(max(self.value, smallest), largest)
-        room = min(value - smallest, largest - value)
+    def fitted(self, half_width: float, half_height: float, largest: float) -> Surface:
+        """Return this surface flattened so far that it stays from 0 to ``largest`` and each view sees it once."""
+        value = min(max(self.value, 0.0), largest)
+        room = min(value, largest - value)
         steepness = (
             abs(self.slope[0])
             + 2 * abs(self.curve[0]) * half_width
@@ -280,10 +280,7 @@ class Strand:
 
     def contains(self, u: Tensor, v: Tensor) -> Tensor:
         """Compare the distance from the wave, to first order, with the thickness."""
-        cosine, sine = math.cos(self.angle), math.sin(self.angle)
-        pu, pv = u - self.center[0], v - self.center[1]
-        along = pu * cosine + pv * sine
-        across = pv * cosine - pu * sine
+        along, across = _in_frame(u, v, self.center, self.angle)
         inside = along.abs() <= self.half_length
         if self.swing == 0:
             return inside & (across.abs() <= self.half_width)
@@ -316,11 +313,8 @@ class Bars:
 
     def contains(self, u: Tensor, v: Tensor) -> Tensor:
         """Compare the place within the period with the thickness."""
-        cosine, sine = math.cos(self.angle), math.sin(self.angle)
-        pu, pv = u - self.center[0], v - self.center[1]
         inside = torch.zeros((), dtype=torch.bool, device=u.device)
-        axes = (pu * cosine + pv * sine, pv * cosine - pu * sine)
-        for place, period in zip(axes, self.period, strict=True):
+        for place, period in zip(_in_frame(u, v, self.center, self.angle), self.period, strict=True):
             if math.isfinite(period):
                 inside = inside | (torch.frac(place / period + 4096.0) < self.share)
         return inside
@@ -524,7 +518,7 @@ class _SceneBuilder:
             return u, min(bottom, config.height * 1.1) - half_height * 0.9
         return u, rng.uniform(-0.05, 1.05) * config.height
 
-    def _extent(self, disparity: float) -> float:
+    def _radius(self, disparity: float) -> float:
         """Draw an object's radius in pixels: many small, some large, near ones larger."""
         low, high = ((0.03, 0.15), (0.1, 0.35), (0.25, 0.7))[self.rng.choice(3, p=[0.45, 0.4, 0.15])]
         perspective = 0.6 + 0.6 * disparity / self.nearest
@@ -576,19 +570,17 @@ class _SceneBuilder:
             wave = (2 * np.pi / length * math.cos(direction), 2 * np.pi / length * math.sin(direction))
             ripple = rng.uniform(0.02, 0.3) * strength * length * value / self.focal
         bent = Surface(value, center, surface.slope, curve, ripple, wave, rng.uniform(0, 2 * np.pi))
-        return bent.fitted(half[0], half[1], 0.0, self.config.max_disparity - 0.5)
+        return bent.fitted(half[0], half[1], self.config.max_disparity - 0.5)
 
     # ------------------------------------------------------------------------------------------------------ background
 
     def _background(self) -> None:
         """A wall, alone or with a ground, a ceiling and side walls: as the nearest wins, planes make a room."""
         rng, config = self.rng, self.config
-        reach = (config.width + config.max_disparity) / 2, config.height / 2
-        center = (reach[0], reach[1])
+        middle = reach = (config.width + config.max_disparity) / 2, config.height / 2
         draw = rng.random()
-        value = max(self.farthest, 0.0)
-        wall = self._surface(center, max(value, 1e-3), reach, 0.3 if self.difficulty > 0 else 0.7)
-        self._add(Everywhere(), wall, large=True)
+        wall = self._surface(middle, max(self.farthest, 1e-3), reach, 0.3 if self.difficulty > 0 else 0.7)
+        self._add(Everywhere(), wall)
         if draw < 1 - config.rooms:
             return
         # a ground: w grows linearly from the horizon down; a ceiling likewise upwards
@@ -597,7 +589,7 @@ class _SceneBuilder:
         self.ground_slope = lowest / below
         roll = 0.0 if rng.random() < 0.6 else rng.uniform(-0.04, 0.04) * lowest / (config.width + config.max_disparity)
         ground = Surface(0.0, (config.width / 2, self.horizon), (roll, self.ground_slope))
-        self._add(Everywhere(), ground, large=True, aligned=True)
+        self._add(Everywhere(), ground, aligned=True)
         if draw < 1 - 5 / 11 * config.rooms:  # the others have walls too
             return
         sides = rng.integers(1, 4)  # left, right, both
@@ -605,17 +597,17 @@ class _SceneBuilder:
         if sides & 1:
             start = config.width * rng.uniform(0.1, 0.5)
             steep_left = min(steep, (config.max_disparity - 1) / start)
-            self._add(Everywhere(), Surface(0.0, (start, 0.0), (-steep_left * rng.uniform(0.4, 1.0), 0.0)), large=True,
-                      aligned=True)  # fmt: skip
+            left_wall = Surface(0.0, (start, 0.0), (-steep_left * rng.uniform(0.4, 1.0), 0.0))
+            self._add(Everywhere(), left_wall, aligned=True)
         if sides & 2:
             start = config.width * rng.uniform(0.5, 1.0)
             slope = min(steep, (config.max_disparity - 1) / (config.width + config.max_disparity - start))
-            self._add(Everywhere(), Surface(0.0, (start, 0.0), (slope * rng.uniform(0.4, 1.0), 0.0)), large=True,
-                      aligned=True)  # fmt: skip
+            right_wall = Surface(0.0, (start, 0.0), (slope * rng.uniform(0.4, 1.0), 0.0))
+            self._add(Everywhere(), right_wall, aligned=True)
         if rng.random() < 0.4:
             above = self.horizon * rng.uniform(0.7, 1.0)
             slope = rng.uniform(0.3, 0.9) * self.nearest / max(self.horizon, 1.0)
-            self._add(Everywhere(), Surface(0.0, (config.width / 2, above), (0.0, -slope)), large=True, aligned=True)
+            self._add(Everywhere(), Surface(0.0, (config.width / 2, above), (0.0, -slope)), aligned=True)
 
     # --------------------------------------------------------------------------------------------------------- objects
 
@@ -631,7 +623,7 @@ class _SceneBuilder:
             (self._cluster, self._box, self._bush, self._box)[rng.integers(4)]()
         else:
             disparity = self._disparity()
-            radius = self._extent(disparity)
+            radius = self._radius(disparity)
             self._solid(self._place(disparity, radius), radius, disparity)
 
     def _solid(self, center: tuple[float, float], radius: float, disparity: float) -> None:
@@ -795,7 +787,7 @@ class _SceneBuilder:
         """A cuboid in 3-D: its corners projected, its three visible faces planar in disparity."""
         rng, scene = self.rng, self.scene
         disparity = self._disparity()
-        radius = self._extent(disparity)
+        radius = self._radius(disparity)
         middle = self._place(disparity, radius)
         w = disparity + scene.far_offset
         # camera space in units of focal lengths at depth 1 / w
@@ -834,20 +826,17 @@ class _SceneBuilder:
                 continue
             at = (float(u.mean()), float(v.mean()))
             surface = Surface(float(value + along_u * at[0] + along_v * at[1]), at, (float(along_u), float(along_v)))
-            fitting = self._add(Polygon(np.stack([u, v], axis=-1)), surface, look if same else None)
-            look = fitting
+            look = self._add(Polygon(np.stack([u, v], axis=-1)), surface, look if same else None)
 
     # ------------------------------------------------------------------------------------------------------ appearance
 
     def _add(
-        self, silhouette: Silhouette, surface: Surface, like: Appearance | None = None, *, large: bool = False,
-        aligned: bool = False,
-    ) -> Appearance:  # fmt: skip
+        self, silhouette: Silhouette, surface: Surface, like: Appearance | None = None, *, aligned: bool = False
+    ) -> Appearance:
         """Add a shape with a look of its own or one like another's; return the look."""
-        left, top, right, bottom = silhouette.extent
-        if large:
-            left, top, right, bottom = 0.0, 0.0, float(self.config.width), float(self.config.height)
-        appearance = self._appearance(surface, (left, top, right, bottom), like, large=large, aligned=aligned)
+        large = isinstance(silhouette, Everywhere)
+        extent = (0.0, 0.0, float(self.config.width), float(self.config.height)) if large else silhouette.extent
+        appearance = self._appearance(surface, extent, like, large=large, aligned=aligned)
         self.scene.shapes.append(Shape(silhouette, surface, appearance))
         return appearance
 
@@ -949,6 +938,13 @@ class _SceneBuilder:
         if self.config.plain and rng.random() < self.config.plain * self.difficulty:
             color *= rng.uniform(0.0, 0.04)
         return color, bias
+
+
+def _in_frame(u: Tensor, v: Tensor, center: tuple[float, float], angle: float) -> tuple[Tensor, Tensor]:
+    """Return how far points lie from a center along a direction and across it, px."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    pu, pv = u - center[0], v - center[1]
+    return pu * cosine + pv * sine, pv * cosine - pu * sine
 
 
 def _rotated(points: Points, angle: float) -> Points:

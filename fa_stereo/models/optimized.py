@@ -80,16 +80,17 @@ def computes_in_hardware(precision: str, device: torch.device) -> bool:
     return cpu_computes_float16() if precision == "fp16" else cpu_computes_bfloat16()
 
 
-def prepare_for_training(model: PSMNet) -> PSMNet:
-    """Put a network's weights into the memory order that makes training fast; returns the same network.
-
-    Values, names and shapes of parameters stay the same, and so does the function.
-    """
-    return to_channels_last(model)
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a network of float32 weights computes in fp32, bf16 or fp16, as in training."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
 def to_channels_last(model: PSMNet) -> PSMNet:
-    """Put the weights of all convolutions into channels_last(_3d) order, in place; activations follow the weights."""
+    """Put the weights of all convolutions into channels_last(_3d) order, in place, and return the network.
+
+    Activations follow the weights, in training too. Values, names and shapes of parameters stay the same, and so does
+    the function.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)

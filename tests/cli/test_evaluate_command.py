@@ -354,7 +354,7 @@ def test_names_that_are_no_text_and_pictures_of_before(tmp_path: Path) -> None:
 def test_names_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     flat = np.zeros((4, 4), np.float32)
     picture = np.zeros((4, 4, 3), np.uint8)
-    errors = ImageErrors(0, "/../../escape", 4, 4, 16, {"all": ErrorSums()})
+    errors = ImageErrors(0, "/../../escape", 4, 4, {"all": ErrorSums()})
     PictureWriter(tmp_path / "out", error_maps=True, worst=0)(
         EvaluatedImage(picture, picture, flat, flat, flat == 0, errors)
     )

@@ -226,7 +226,7 @@ def test_the_right_view_inverts_the_surface(seed: int) -> None:
     surface = Surface(
         40.0, (150.0, 60.0), tuple(rng.uniform(-0.3, 0.3, 2)), tuple(rng.uniform(-0.002, 0.002, 3)),
         rng.uniform(0, 5) * (seed % 2), tuple(rng.uniform(-0.05, 0.05, 2)), 1.0,
-    ).fitted(100, 60, 0, 100)  # fmt: skip
+    ).fitted(100, 60, 100)  # fmt: skip
     u = torch.linspace(50, 250, 201)[None, :]
     v = torch.linspace(0, 120, 61)[:, None]
     d = surface.disparity(u, v)

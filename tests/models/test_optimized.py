@@ -17,7 +17,7 @@ from fa_stereo.errors import InputError
 from fa_stereo.models import aggregation, fused, layers
 from fa_stereo.models.aggregation import add_score_taps, convolve_slab, new_scores, score_taps, upsample_slab
 from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d
-from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference, prepare_for_training
+from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference, to_channels_last
 from fa_stereo.models.psmnet import PSMNet, build_model
 
 
@@ -112,7 +112,7 @@ def test_preparation_for_training_changes_nothing_but_the_order_in_memory() -> N
     for prepare in (False, True):
         model.load_state_dict(state)
         if prepare:
-            assert prepare_for_training(model) is model
+            assert to_channels_last(model) is model
             assert model.aggregation.residual.conv1.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
         model.zero_grad()
         output = model(left, right)
