@@ -97,6 +97,9 @@ def compare(
         raise InputError(f"samples must be positive, got {samples}")
     if seed < 0:
         raise InputError(f"seed must be zero or more, got {seed}")
+    for folder in (folder_a, folder_b):
+        if Path(folder).is_file():
+            raise InputError(f"{folder}: a file; name the folder of the evaluation that it belongs to")
     rendered_alike = _check_same_pixels(Path(folder_a), Path(folder_b))
     (a, areas_a, truths_a), (b, areas_b, truths_b) = (
         _read_per_image(Path(folder) / PER_IMAGE_FILE, metric) for folder in (folder_a, folder_b)

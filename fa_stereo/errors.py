@@ -11,5 +11,9 @@ class InputError(ValueError):
     """
 
 
+class MissingFilesError(InputError):
+    """Some files of a data set are there, and others that belong to them are not."""
+
+
 class RangeError(InputError):
     """A value that the format asked for cannot hold; another format can."""

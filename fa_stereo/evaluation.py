@@ -247,7 +247,11 @@ def _evaluate_image(
     if protocol.crop is not None:
         item = {key: _crop(value, protocol.crop) if isinstance(value, Tensor) else value for key, value in item.items()}
     left, right, target = item["left"], item["right"], item["disparity"].numpy()
-    maps: NDArray[np.float32] = predict_padded(predict, left[None], right[None], protocol).float().cpu().numpy()
+    try:
+        predicted = predict_padded(predict, left[None], right[None], protocol)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    maps: NDArray[np.float32] = predicted.float().cpu().numpy()
     if len(maps) > 2:
         raise ValueError(f"{name}: predicted {len(maps)} maps, not disparity, or disparity and confidence")
     prediction = maps[0]  # [H, W]

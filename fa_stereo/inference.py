@@ -74,7 +74,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InputError(f"device must be auto, cpu or cuda, got {device!r}") from None
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda, got {str(device)!r}")

@@ -2,13 +2,15 @@
 
 Nearly all memory goes into the 3-D part of the network. It sees a neighbourhood only, while the features see the whole
 picture through pyramid pooling and attention. So the features are computed once for the whole picture, exactly, and the
-volumes for overlapping bands of rows. Each band is computed with ``overlap`` rows more on either side, the outer half
-of which are dropped and the inner half blended with the neighbour's. Scores are blended, not disparities: there is no
-seam, and from ``EXACT_OVERLAP_PX`` on the result is that of the whole picture.
+volumes for overlapping bands of rows. Each band is computed with ``overlap`` rows more on either side. The inner eighth
+of them, and as many rows on this side of the border, are blended with the neighbour's; the rest is context, and
+dropped. Scores are blended, not disparities: there is no seam, and from ``EXACT_OVERLAP_PX`` on the result is that of
+the whole picture.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -22,10 +24,11 @@ from fa_stereo.models.features import SLOT_MAPS
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet
 
 DEFAULT_OVERLAP_PX = 128
-"""Rows of context on either side of a band; with a trained network, more changes disparity by 0.0001 px or less."""
+"""Rows added on either side of a band. Beside the whole picture, with the small weights, Middlebury's Motorcycle
+moves by 4e-6 px in the mean, and by 0.002 px at most, or 0.013 px at edges by the modal regression."""
 
-EXACT_OVERLAP_PX = 448
-"""Twice the reach of the aggregation in rows: bands with this overlap compute what the whole picture does."""
+EXACT_OVERLAP_PX = 256
+"""With this overlap bands compute what the whole picture does: 7/8 of it are the aggregation's reach in rows."""
 
 _BYTES = {"fp32": (4, 4), "mixed": (4, 2), "bf16": (2, 2), "fp16": (2, 2)}
 """Of a value of the features, and of one of the volumes, by precision."""
@@ -67,7 +70,7 @@ def _score_in_bands(
 ) -> list[Tensor]:
     """Return scores [B, D/4, H/4, W/4] from features [B, c, H/4, W/4], a band of ``rows`` rows of them at a time."""
     height = left_features.shape[2]
-    ramp = min(overlap, rows) // 2  # rows on either side of a border between bands over which one fades into the next
+    ramp = min(overlap // 8, rows // 2)  # rows on either side of a border over which one band fades into the next
     scores = left_features.new_empty(0)
     for start in range(0, height, rows):
         if start and scores.device.type == "cpu":
@@ -146,7 +149,8 @@ def choose_band_height(
     for band_height in range(height // SIZE_MULTIPLE * SIZE_MULTIPLE, 0, -SIZE_MULTIPLE):
         if needed(band_height) <= budget_bytes:
             return band_height
+    least_gb = math.ceil(needed(SIZE_MULTIPLE) / 1e7) / 100
     raise InputError(
-        f"{width}x{height} pictures take about {needed(SIZE_MULTIPLE) / 1e9:.1f} GB even in the smallest bands, the "
-        f"budget is {budget_bytes / 1e9:.1f} GB: allow more memory, or predict at a smaller scale"
+        f"{width}x{height} pictures take about {least_gb:g} GB even in the smallest bands, the budget is "
+        f"{budget_bytes / 1e9:g} GB: allow more memory, or predict at a smaller scale"
     )

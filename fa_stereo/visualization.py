@@ -112,9 +112,9 @@ def disparity_legend(maximum: float, width: int = 480) -> Picture:
     """Draw the colours of ``colorize_disparity`` as a labelled bar from 0 px to ``maximum``."""
     height = max(10, width // 24)
     ramp = np.broadcast_to(np.linspace(0, maximum, width, dtype=np.float32), (height, width))
-    labels = [
-        (share * width, f"{share * maximum:.0f}" + (" px" if share == 1 else "")) for share in (0, 0.25, 0.5, 0.75, 1)
-    ]
+    digits = 0 if maximum >= 40 else 1
+    shares = (0, 0.25, 0.5, 0.75, 1)
+    labels = [(share * width, f"{share * maximum:.{digits}f}" + (" px" if share == 1 else "")) for share in shares]
     return _labelled_bar(colorize_disparity(ramp, maximum), labels)
 
 

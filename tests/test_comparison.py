@@ -149,6 +149,8 @@ def test_what_cannot_be_compared_is_refused(two_runs: tuple[Path, Path], tmp_pat
             compare(a, b, metric=column)
     with pytest.raises(InputError, match=r"nowhere.metrics\.json: no such file"):
         compare(a, tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"metrics\.json: a file; name the folder"):
+        compare(a / "metrics.json", b)
     with pytest.raises(InputError, match="samples must be positive"):
         compare(a, b, samples=0)
     with pytest.raises(InputError, match="seed must be zero or more"):

@@ -180,6 +180,14 @@ def test_what_cannot_be_evaluated_is_named() -> None:
         evaluate(brightness, Unknown())
 
 
+def test_a_pair_that_cannot_be_predicted_is_named() -> None:
+    def too_small(left: Tensor, right: Tensor) -> Tensor:
+        raise InputError("pictures must be at least 16x16 pixels")
+
+    with pytest.raises(InputError, match="scene/0000: pictures must be at least 16x16 pixels"):
+        evaluate(too_small, Samples(1))
+
+
 def test_fewer_images_than_the_protocol_has_are_noted() -> None:
     result = evaluate(brightness, Samples(), ProtocolConfig(expected_images=4370), max_images=4)
     assert [image.index for image in result.per_image] == [0, 1, 2, 3]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fa_stereo.config import AttentionConfig, ModelConfig
+from fa_stereo.data.formats import read_picture_pair
 from fa_stereo.errors import InputError
+from fa_stereo.inference import load_predictor
 from fa_stereo.models.psmnet import PSMNet, build_model
 from fa_stereo.tiling import (
     DEFAULT_OVERLAP_PX,
@@ -58,6 +62,17 @@ def test_no_seams(band_height: int) -> None:
         with torch.inference_mode():
             hard = predict_in_bands(model, left, right, band_height, overlap=0)
         assert (hard.diff(dim=1) - expected.diff(dim=1)).abs().max() > 0.02
+
+
+def test_blending_leaves_nearly_all_of_the_overlap_as_context(shared_data: Path) -> None:
+    """Bands of any height are as good as low ones: what is blended does not reach far into the overlap."""
+    (folder,) = (shared_data / "middlebury2014/trainingQ").iterdir()
+    views = [view[:, :240] for view in read_picture_pair(folder / "im0.png", folder / "im1.png")]
+    expected = load_predictor("small", "cpu", "fp32")(*views).disparity
+    for band_height in (64, 240):
+        result = load_predictor("small", "cpu", "fp32", band_height=band_height)(*views).disparity
+        assert np.abs(result - expected).max() < 0.05
+        assert np.abs(result - expected).mean() < 2e-5
 
 
 def test_hard_borders_without_overlap() -> None:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ from fa_stereo.data.scene_flow import (
     detect_layout,
     list_scene_flow,
 )
-from fa_stereo.errors import InputError
+from fa_stereo.errors import InputError, MissingFilesError
 from fa_stereo.files import write_bytes
 from fa_stereo.machine import available_cores
 
@@ -146,8 +147,8 @@ def main(argv: list[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     root = checked_root(arguments.root, arguments.kind)
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():  # said before hours of reading
-        raise InputError(f"{arguments.json}: cannot be written (no such folder)")
+    if arguments.json:
+        _check_writable(Path(arguments.json))  # before hours of reading
     report = Report(str(root), arguments.kind, partial=arguments.partial)
     datasets = list(
         _scene_flow(root, arguments, report) if arguments.kind == "scene_flow" else _others(root, arguments, report)
@@ -158,6 +159,16 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         write_bytes(arguments.json, (json.dumps(report.as_plain(), indent=2) + "\n").encode())
     return 0 if report.sound else 1
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path}: cannot be written (a folder is in its place)")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -250,7 +261,7 @@ def _others(root: Path, arguments: argparse.Namespace, report: Report) -> Iterat
     split = "all" if arguments.kind.startswith("kitti") else "train"
     try:
         dataset = open_dataset(DatasetConfig(arguments.kind, str(root), split, arguments.resolution))
-    except InputError as error:
+    except MissingFilesError as error:
         report.missing.append(str(error))
         return
     assert isinstance(dataset, FileDataset)

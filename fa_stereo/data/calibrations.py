@@ -58,8 +58,8 @@ def _middlebury(text: str) -> StereoCalibration:
         matrix = _matrix(values["cam0"])
         focal_length_px, cx_px, focal_length_y_px, cy_px = matrix[0], matrix[2], matrix[4], matrix[5]
         baseline_m = float(values["baseline"]) / 1000
-        right_cx_px = _matrix(values["cam1"])[2] if "cam1" in values else cx_px
-        doffs_px = float(values.get("doffs", right_cx_px - cx_px))
+        right = _matrix(values["cam1"]) if "cam1" in values else matrix
+        doffs_px = float(values.get("doffs", right[2] - cx_px))
         size = [values.get(side) for side in ("width", "height")]
         size_px = None if None in size else (round(float(size[0])), round(float(size[1])))  # type: ignore[arg-type]
     except (KeyError, IndexError) as error:
@@ -68,6 +68,7 @@ def _middlebury(text: str) -> StereoCalibration:
             "P_rect_03) nor ROS's (projection_matrix) nor OpenCV's (P1, P2)"
         ) from error
     _check_square(focal_length_px, focal_length_y_px)
+    _check_alike(focal_length_px, right[0], cy_px, right[5])
     return StereoCalibration(focal_length_px, baseline_m, cx_px, cy_px, doffs_px, size_px)
 
 
@@ -137,8 +138,7 @@ def _from_projections(
         raise InputError("a projection matrix has numbers that are not finite")
     focal_length_px = float(left[0, 0])
     _check_square(focal_length_px, float(left[1, 1]))
-    if abs(right[0, 0] - focal_length_px) > 1e-3 * abs(focal_length_px) or abs(right[1, 2] - left[1, 2]) > 0.1:
-        raise InputError("the two cameras differ in focal length or principal row: rectify the pictures")
+    _check_alike(focal_length_px, float(right[0, 0]), float(left[1, 2]), float(right[1, 2]))
     baseline_m, above_m = ((left - right)[:2, 3] / focal_length_px).tolist() if focal_length_px else (0.0, 0.0)
     if abs(above_m) > abs(baseline_m):
         raise InputError("the cameras stand above each other: turn the pictures by a quarter")
@@ -146,6 +146,11 @@ def _from_projections(
         raise InputError("the second camera stands to the left of the first: exchange them")
     doffs_px = float(right[0, 2] - left[0, 2])
     return StereoCalibration(focal_length_px, baseline_m, float(left[0, 2]), float(left[1, 2]), doffs_px, size_px)
+
+
+def _check_alike(focal_length_px: float, right_focal_length_px: float, cy_px: float, right_cy_px: float) -> None:
+    if abs(right_focal_length_px - focal_length_px) > 1e-3 * abs(focal_length_px) or abs(right_cy_px - cy_px) > 0.1:
+        raise InputError("the two cameras differ in focal length or principal row: rectify the pictures")
 
 
 def _check_square(focal_length_px: float, focal_length_y_px: float) -> None:

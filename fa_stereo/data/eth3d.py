@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fa_stereo.data.pairs import FileDataset, FrameFiles
-from fa_stereo.errors import InputError
+from fa_stereo.data.pairs import FileDataset, FrameFiles, scene_folders
+from fa_stereo.errors import InputError, MissingFilesError
 
 
 class Eth3d(FileDataset):
@@ -30,7 +30,7 @@ class Eth3d(FileDataset):
         if not folder.is_dir() and split != "test":
             folder = root
         truth = folder.parent / "two_view_training_gt"
-        scenes = sorted(path.parent for path in folder.glob("*/im0.png"))
+        scenes = scene_folders(folder, "im0.png")
         if not scenes:
             raise InputError(f"{folder}: no scenes (<scene>/im0.png) there; see data/README.md for ETH3D's layout")
         frames = []
@@ -39,7 +39,7 @@ class Eth3d(FileDataset):
             disparity, mask = beside / "disp0GT.pfm", beside / "mask0nocc.png"
             for file in (scene / "im1.png", *([disparity] if split != "test" else [])):
                 if not file.is_file():
-                    raise InputError(f"{file}: no such file, but {scene / 'im0.png'} is there; fetch it again")
+                    raise MissingFilesError(f"{file}: no such file, but {scene / 'im0.png'} is there; fetch it again")
             with_truth = split != "test"
             frames.append(
                 FrameFiles(

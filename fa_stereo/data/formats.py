@@ -18,6 +18,8 @@ from __future__ import annotations
 import io
 import re
 import struct
+import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -30,6 +32,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fa_stereo.errors import InputError, RangeError
 from fa_stereo.files import read_bytes, write_bytes
+
+# pictures of more than a camera's usual size are people's own; Pillow refuses those of twice the size all the same
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 PICTURE_EXTENSIONS = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 DISPARITY_EXTENSIONS = (".pfm", ".png", ".npy")
@@ -50,6 +55,18 @@ _DECODING_ERRORS = (
     KeyError,
     struct.error,
     zlib.error,
+)
+# what NumPy raises on damaged files, by the part that is damaged
+_NPY_ERRORS = (
+    ValueError,
+    EOFError,
+    OSError,
+    SyntaxError,
+    OverflowError,
+    MemoryError,
+    tokenize.TokenError,
+    zlib.error,
+    zipfile.BadZipFile,
 )
 _PFM_HEADER = re.compile(rb"(P[Ff])\s+(\d+)\s+(\d+)\s+([-+.\deE]+)(\r\n|\s)")
 
@@ -393,7 +410,7 @@ def _read_npy(path: str | Path) -> NDArray[np.float32]:
     content = read_bytes(path)
     try:
         values = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError, zlib.error, zipfile.BadZipFile) as error:
+    except _NPY_ERRORS as error:
         raise InputError(f"{path}: not a NumPy array file, or a damaged one; save it again with numpy.save") from error
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "fiu":
         raise InputError(f"{path}: a disparity is an array [H, W] of numbers")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fa_stereo.data.formats import read_kitti_disparity
 from fa_stereo.data.pairs import FileDataset, FrameFiles, few
-from fa_stereo.errors import InputError
+from fa_stereo.errors import InputError, MissingFilesError
 
 # Of the training frames, number 160 and above validate: 40 of 200 in KITTI 2015, 34 of 194 in KITTI 2012. These are the
 # sizes of PSMNet's paper; PSMNet's code takes the last ones of an unsorted listing, this one goes by the number.
@@ -77,7 +77,9 @@ class Kitti(FileDataset):
                 )
             )
         if missing:
-            raise InputError(f"KITTI {year} at {root} lacks {len(missing)} files: {few(missing)}; fetch them again")
+            raise MissingFilesError(
+                f"KITTI {year} at {root} lacks {len(missing)} files: {few(missing)}; fetch them again"
+            )
         if not frames:
             raise InputError(f"{part}: no frames of split {split!r} there ({names.left}/*_10.png); see data/README.md")
         super().__init__(frames)

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fa_stereo.data.formats import read_scaled_disparity
-from fa_stereo.data.pairs import FileDataset, FrameFiles, few
-from fa_stereo.errors import InputError
+from fa_stereo.data.pairs import FileDataset, FrameFiles, few, scene_folders
+from fa_stereo.errors import InputError, MissingFilesError
 from fa_stereo.files import read_bytes
 
 _RESOLUTION_LETTERS = {"quarter": "Q", "half": "H", "full": "F"}
@@ -158,9 +158,7 @@ def _choose(root: Path, choices: dict[str, Path], resolution: str | None) -> Pat
 
 def _scenes(folder: Path, *signs: str) -> list[Path]:
     """Return the folders that hold one of the files named."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; see data/README.md")
-    scenes = sorted({path.parent for sign in signs for path in folder.glob(f"*/{sign}")})
+    scenes = scene_folders(folder, *signs)
     if not scenes:
         raise InputError(f"{folder}: no scenes (<scene>/{signs[0]}) there; see data/README.md")
     return scenes
@@ -173,7 +171,9 @@ def _optional_file(scene: Path, *names: str) -> str | None:
 def _first_file(scene: Path, *names: str) -> str:
     found = _optional_file(scene, *names)
     if found is None:
-        raise InputError(f"{scene / names[0]}: no such file, but the scene's other files are there; fetch it again")
+        raise MissingFilesError(
+            f"{scene / names[0]}: no such file, but the scene's other files are there; fetch it again"
+        )
     return found
 
 

@@ -23,7 +23,7 @@ from fa_stereo.data.formats import (
     read_picture_pair,
 )
 from fa_stereo.data.sample import StereoSample
-from fa_stereo.errors import InputError
+from fa_stereo.errors import InputError, MissingFilesError
 
 # --------------------------------------------------------------------------------------------------------------------
 # data sets of files
@@ -110,6 +110,38 @@ def few(names: Iterable[str]) -> str:
     return ", ".join(listed[:3]) + more
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return all files in a folder and in those below it, links followed.
+
+    Raises:
+        InputError: One of the folders cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: this folder cannot be read ({error.strerror})") from error
+
+    walk = os.walk(folder, followlinks=True, onerror=refuse)
+    return [Path(where) / name for where, _, names in walk for name in names]
+
+
+def scene_folders(folder: Path, *signs: str) -> list[Path]:
+    """Return the folders in a folder that hold one of the files named, in order.
+
+    Raises:
+        InputError: The folder is not there, or it or one in it cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; see data/README.md")
+    scenes = []
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and path.name != "lost+found" and not set(signs).isdisjoint(os.listdir(path)):
+                scenes.append(path)
+    except OSError as error:
+        raise InputError(f"{error.filename}: this folder cannot be read ({error.strerror})") from error
+    return scenes
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # matching the files of two views
 
@@ -182,7 +214,7 @@ def pair_pictures(left: str, right: str) -> list[PicturePair]:
         raise InputError(f"{min(shared)} is named both as a left and as a right picture by {left} and {right}")
     pairs = _match(left_files, right_files)
     if pairs is None:
-        raise InputError(_describe_mismatch(left, left_files, right, right_files))
+        raise MissingFilesError(_describe_mismatch(left, left_files, right, right_files))
     return pairs
 
 
@@ -190,7 +222,7 @@ def _list_pictures(where: str) -> dict[Path, str]:
     """Return, for every picture, its path below the folder or the pattern's fixed part, without extension."""
     if Path(where).is_dir():
         base = Path(where)
-        found = [Path(folder) / name for folder, _, names in os.walk(where, followlinks=True) for name in names]
+        found = files_below(base)
     elif glob.has_magic(where):
         fixed: list[str] = []
         for part in Path(where).parts:
@@ -198,7 +230,7 @@ def _list_pictures(where: str) -> dict[Path, str]:
                 break
             fixed.append(part)
         base = Path(*fixed)
-        found = [Path(name) for name in glob.glob(where, recursive=True) if Path(name).is_file()]
+        found = [Path(name) for name in glob.glob(where, recursive=True) if not Path(name).is_dir()]
     else:
         base = Path(where).parent
         if not Path(where).is_file():
@@ -341,7 +373,7 @@ def _list_disparities(folder: Path) -> dict[str, Path] | None:
     if not folder.is_dir():
         return None
     found: dict[str, Path] = {}
-    for path in sorted(Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names):
+    for path in sorted(files_below(folder)):
         if path.suffix.lower() not in DISPARITY_EXTENSIONS or path.name.startswith("."):
             continue
         key = path.relative_to(folder).with_suffix("").as_posix()
@@ -357,7 +389,7 @@ def _disparity_of(picture: Path, folder: Path, disparities: dict[str, Path] | No
     key = picture.with_suffix("").as_posix()
     if key not in disparities:
         wanted = "/".join((folder.as_posix(), key))
-        raise InputError(
+        raise MissingFilesError(
             f"{wanted}: no disparity ({', '.join(DISPARITY_EXTENSIONS)}) for {picture}; add it or remove {folder}"
         )
     return str(disparities[key])

@@ -76,7 +76,9 @@ def find_checkpoint(weights: str | os.PathLike[str] | None, device: torch.device
         raise InputError(f"{os.fspath(weights)}: no such checkpoint file (bundled weights are named by --weights)")
     if not os.path.exists(weights):
         bundled = ", ".join(list_weights()) or "none"
-        raise InputError(f"{os.fspath(weights)}: neither a checkpoint file nor bundled weights (bundled: {bundled})")
+        raise InputError(
+            f"{os.fspath(weights) or repr(weights)}: neither a checkpoint file nor bundled weights (bundled: {bundled})"
+        )
     return Path(weights)
 
 

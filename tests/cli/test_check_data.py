@@ -151,6 +151,8 @@ def test_report_that_cannot_be_written(tmp_path: Path) -> None:
     make_scene_flow(tmp_path / "data")
     with pytest.raises(InputError, match=r"report\.json: cannot be written"):
         check_data.main([str(tmp_path / "data"), "--quick", "--json", str(tmp_path / "none/report.json")])
+    with pytest.raises(InputError, match=r"data: cannot be written \(a folder is in its place\)"):
+        check_data.main([str(tmp_path / "data"), "--json", str(tmp_path / "data")])
 
 
 def test_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +168,19 @@ def test_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     report = tmp_path / "report.json"
     assert check_data.main([str(tmp_path), "--kind", "kitti2015", "--partial", "--json", str(report)]) == 1
     assert "image_3/000000_10.png" in json.loads(report.read_text())["missing"][0]
+
+
+def test_a_folder_of_another_kind_cannot_be_used_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_pairs(tmp_path, count=1)
+    for kind, message in (
+        ("kitti2015", "image_2: no such folder"),
+        ("eth3d", "no scenes (<scene>/im0.png) there"),
+        ("middlebury2006", "no scenes (<scene>/view1.png) there"),
+    ):
+        assert main(["check-data", str(tmp_path), "--kind", kind]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["check-data", str(tmp_path), "--kind", "middlebury2006", "--resolution", "quarter"]) == 2
+    assert "resolution must be one of third, half, full here" in capsys.readouterr().err
 
 
 def test_own_pairs_without_ground_truth_are_not_called_otherwise(

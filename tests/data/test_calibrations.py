@@ -146,6 +146,8 @@ def test_opencv_calibration(tmp_path: Path, suffix: str, zero_disparity: bool) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (CALIBRATION.replace("cam1=[999.421", "cam1=[1100"), "differ in focal length or principal row"),
+        (CALIBRATION.replace("252.932;", "262.932;", 1), "differ in focal length or principal row"),
         ("%YAML:1.0\n---\nP1: 3\n", "no 3x4 matrices P1 and P2"),
         ("%YAML:1.0\n---\nP1: !!opencv-matrix\n  rows: [", "no 3x4 matrices P1 and P2"),
         ("{}", "no 3x4 matrices P1 and P2"),

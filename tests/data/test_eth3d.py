@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,20 @@ def test_folder_of_scenes_may_be_the_root(tmp_path: Path) -> None:
 def test_test_split_has_no_truth(tmp_path: Path) -> None:
     make_scene(tmp_path / "two_view_test/lakeside_1l", None)
     assert Eth3d(tmp_path, "test")[0].disparity is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_scene_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:
+    for name in ("delivery_area", "electro"):
+        make_scene(tmp_path / name, tmp_path / name)
+    (tmp_path / "lost+found").mkdir(0)
+    (tmp_path / "electro").chmod(0)
+    try:
+        with pytest.raises(InputError, match=r"electro: this folder cannot be read \(Permission denied\)"):
+            Eth3d(tmp_path)
+    finally:
+        (tmp_path / "electro").chmod(0o755)
+    assert len(Eth3d(tmp_path)) == 2
 
 
 def test_incomplete_data_are_refused(tmp_path: Path) -> None:

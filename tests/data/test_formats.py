@@ -440,8 +440,11 @@ def test_npy_with_pickle_or_damage_or_another_shape_is_refused(tmp_path: Path) -
     np.save(tmp_path / "words.npy", np.array([["a"]]))
     np.save(tmp_path / "whole.npy", np.zeros((9, 9)))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:200])
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': ("
+    (tmp_path / "open.npy").write_bytes((header + b"2, ").ljust(127) + b"\n1234")
+    (tmp_path / "huge.npy").write_bytes((header + b"999999999, 99999)}").ljust(127) + b"\n1234")
     np.save(tmp_path / "empty.npy", np.zeros((0, 64)))
-    for name in ("pickle", "text", "cube", "words", "cut", "empty"):
+    for name in ("pickle", "text", "cube", "words", "cut", "open", "huge", "empty"):
         with pytest.raises(InputError, match=rf"{name}\.npy"):
             read_disparity(tmp_path / f"{name}.npy")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -219,6 +220,30 @@ def test_incomplete_own_pairs_are_refused(tmp_path: Path) -> None:
     write_pfm(tmp_path / "disparity/a.pfm", np.ones((4, 6), np.float32))
     with pytest.raises(InputError, match=r"disparity/b: no disparity"):
         OwnPairs(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+@pytest.mark.parametrize("folder", ["left/b", "right/b", "disparity/b", "left"])
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, folder: str) -> None:
+    make(tmp_path, "left/a/0.png", "left/b/0.png", "right/a/0.png", "right/b/0.png")
+    for name in "ab":
+        (tmp_path / "disparity" / name).mkdir(parents=True)
+        write_pfm(tmp_path / "disparity" / name / "0.pfm", np.ones((4, 6), np.float32))
+    (tmp_path / folder).chmod(0)
+    try:
+        with pytest.raises(InputError, match=rf"{folder}: this folder cannot be read \(Permission denied\)"):
+            OwnPairs(tmp_path)
+    finally:
+        (tmp_path / folder).chmod(0o755)
+
+
+def test_a_broken_link_is_not_left_out(tmp_path: Path) -> None:
+    """By a pattern as little as in a folder: reading it says what is wrong."""
+    make(tmp_path, "l/0.png", "r/0.png")
+    for view in "lr":
+        (tmp_path / view / "1.png").symlink_to(tmp_path / f"lost/{view}.png")
+    expected = [("0", "l/0.png", "r/0.png"), ("1", "l/1.png", "r/1.png")]
+    assert paired(tmp_path, "l", "r") == paired(tmp_path, "l/*.png", "r/*.png") == expected
 
 
 def test_linked_folders_are_followed_for_disparities_too(tmp_path: Path) -> None:
