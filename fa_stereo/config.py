@@ -469,8 +469,10 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         self.output_weights = list(self.output_weights)
-        if not self.output_weights or min(self.output_weights) < 0:
-            raise InputError(f"loss.output_weights must be numbers of zero or more, got {self.output_weights}")
+        if not all(0 <= weight < math.inf for weight in self.output_weights) or not any(self.output_weights):
+            raise InputError(
+                f"loss.output_weights must be numbers of zero or more, and not all zero, got {self.output_weights}"
+            )
         for name in ("smooth_l1_beta", "cross_entropy_weight"):
             _check_positive(f"loss.{name}", getattr(self, name), zero=True)
 
@@ -510,7 +512,7 @@ class ScheduleConfig:
 
     Attributes:
         kind: ``constant`` (the paper's), ``cosine``, ``one_cycle``, ``linear`` or ``multi_step``.
-        warmup_steps: Steps of linear growth from zero before the schedule proper.
+        warmup_steps: Steps of linear growth from zero to where the schedule proper begins.
         final_factor: Factor at the end of ``cosine``, ``one_cycle`` and ``linear``.
         rise_fraction: Share of the run (after the warm-up) in which ``one_cycle`` rises from 1/25 of the peak.
         milestones: Epochs at which ``multi_step`` multiplies by ``decay``.

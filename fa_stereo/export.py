@@ -27,6 +27,13 @@ from fa_stereo.weights import WEIGHT_NAMES, find_weights
 
 _NEEDED = {"model_config", "model", "config", "step", "samples", "validation"}
 _CURVE = ("step", "end_point_error", "bad_1", "bad_3")
+WATCHING = {
+    "trainer.device", "trainer.log_every_steps", "trainer.picture_every_steps", "trainer.checkpoint_every_steps",
+    "trainer.keep_every_steps", "trainer.validate_every_steps", "trainer.validate_at_start",
+    "trainer.plateau_alarm_steps", "data.workers",
+}  # fmt: skip
+"""Keys of what a run is watched by, not made of."""
+
 _PATHS = ("output_dir", "root", "init_from", "resume", "unused_files")
 
 
@@ -35,16 +42,18 @@ def training_record(state: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         state: What a checkpoint holds besides tensors: ``config``, ``step``, ``samples``, ``validation``, and, where
-            it is known, ``history``, ``seconds``, ``machines``, ``rendered_pairs`` and ``started_from``.
+            it is known, ``history``, ``seconds``, ``machines``, ``processes``, ``rendered_pairs``, ``changes`` and
+            ``started_from``.
 
     Returns:
         Optimizer ``steps``, ``samples_seen`` and ``epochs``; ``samples_seen_in_all``, those of the weights it started
         from included; the number of ``training_pairs`` and, of pairs that ``fa-stereo render`` wrote, how they were
         rendered (``rendered_pairs``; with ``data.also`` a list, None where a source is another); ``precision``; whether
-        the weights are ``averaged``; ``hours`` and ``machines``;
-        the last ``validation`` and all of them (``validation_curve``: step, EPE in px, bad-1 and bad-3 in %); every
-        setting used by its full key (``training``); and the same of the weights it ``started_from``. What is not known
-        is None; folders are left out.
+        the weights are ``averaged``; ``hours``, ``machines`` and on how many ``processes`` at last; the settings that
+        were changed on the way (``changes``: ``key``, and its value ``before`` the ``step``); the last ``validation``
+        and all of them (``validation_curve``: step, EPE in px, bad-1 and bad-3 in %); every setting used, as it was at
+        last, by its full key (``training``); and the same of the weights it ``started_from``. What is not known is
+        None; folders are left out.
     """
     trainer, steps, seconds = state["config"]["trainer"], state["step"], state.get("seconds")
     earlier = state.get("started_from")
@@ -61,6 +70,8 @@ def training_record(state: Mapping[str, Any]) -> dict[str, Any]:
         "averaged": trainer["ema_decay"] > 0,
         "hours": None if seconds is None else float(f"{seconds / 3600:.3g}"),
         "machines": state.get("machines"),
+        "processes": state.get("processes"),
+        "changes": [change for change in state.get("changes", []) if not _is_path(change["key"])],
         "validation": state["validation"],
         "validation_curve": [[line.get(key) for key in _CURVE] for line in state.get("history", [])],
         "training": without_paths(state["config"]),
@@ -93,7 +104,11 @@ def find_record(path: str | Path) -> dict[str, Any]:
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings used by full key, without the folders of somebody's machine: weights travel."""
-    return {key: value for key, value in flatten_used(config).items() if key.rpartition(".")[2] not in _PATHS}
+    return {key: value for key, value in flatten_used(config).items() if not _is_path(key)}
+
+
+def _is_path(key: str) -> bool:
+    return key.rpartition(".")[2] in _PATHS
 
 
 def export_weights(

@@ -23,8 +23,10 @@ def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int, ep
         >>> [learning_rate_factor(ScheduleConfig("linear", warmup_steps=2), s, 6, 0.0) for s in range(6)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
+    rise = config.rise_fraction if config.kind == "one_cycle" else 0.0
+    first = 1 / 25 if rise else 1.0  # to which the warm-up leads
     if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps * first
     progress = min((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
     if config.kind == "constant":
         return 1.0
@@ -36,9 +38,8 @@ def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int, ep
     if config.kind == "cosine":
         return _blend(1.0, config.final_factor, _half_cosine(progress))
     # one_cycle: up along half a cosine from 1/25, then down along another (Smith and Topin, "Super-convergence").
-    rise = config.rise_fraction
     if progress < rise or rise == 1:
-        return _blend(1 / 25, 1.0, _half_cosine(progress / rise))
+        return _blend(first, 1.0, _half_cosine(progress / rise))
     return _blend(1.0, config.final_factor, _half_cosine((progress - rise) / (1 - rise)))
 
 

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from fa_stereo.config import AttentionConfig, DatasetConfig, ModelConfig, RenderConfig, TrainConfig, flatten, to_plain
 from fa_stereo.data.datasets import comparable_settings
 from fa_stereo.errors import InputError
+from fa_stereo.export import WATCHING
 from fa_stereo.files import LOCK_FILE
 from fa_stereo.history import FILE_NAME, read_history
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
@@ -38,12 +39,6 @@ from fa_stereo.models.psmnet import PSMNet, build_model
 CONFIDENCE = 0.95
 
 _FEW = 3  # crops at once whose kept bytes are counted one by one
-
-# What a run is watched by, not made of.
-_IRRELEVANT = {
-    "trainer.seed", "trainer.device", "trainer.log_every_steps", "trainer.picture_every_steps",
-    "trainer.checkpoint_every_steps", "trainer.keep_every_steps", "trainer.plateau_alarm_steps", "data.workers",
-}  # fmt: skip
 
 # The keys of an attention that its kind looks at.
 _RELEVANT_ATTENTION = {
@@ -198,13 +193,18 @@ def _read_run(folder: Path) -> Run | None:
     model = load_model(weights).config
     training = _with_later_settings(record["training"])
     settings = {key: value for key, value in training.items() if not key.startswith("model.attention")}
-    settings = {key: value for key, value in settings.items() if key not in _IRRELEVANT}
+    settings = {key: value for key, value in settings.items() if key not in {"trainer.seed", *WATCHING}}
     if settings.get("trainer.max_minutes") is not None:  # these do not count then
         settings = {key: value for key, value in settings.items() if key not in ("trainer.epochs", "trainer.max_steps")}
     settings |= {f"model.{key}": value for key, value in attention_settings(model).items()}
     settings = {key: value for key, value in settings.items() if not key.startswith("data.also")}
     settings["data.also"] = _describe_also(training)
     settings |= _pairs_of(record)  # not their folders: those are not on record, and may differ between machines
+    changes = [
+        f"{change['key']}={change['before']} up to step {change['step']}" for change in record.get("changes", [])
+    ]
+    settings["processes"] = record.get("processes") or 1
+    settings["changes"] = ", ".join(changes) or "none"
     start = json.dumps(record.get("started_from"), sort_keys=True)  # the record of the weights given as init_from
     settings["started_from"] = "fresh weights" if start == "null" else hashlib.sha256(start.encode()).hexdigest()[:8]
     return Run(folder, training["trainer.seed"], model, settings, history)
@@ -340,6 +340,7 @@ def count_kept_bytes(
     precision: str = "fp32",
     *,
     freeze_batch_norm: bool = False,
+    activation_checkpointing: bool = False,
 ) -> int:
     """Return the bytes that a training step keeps from the forward pass for the backward pass, weights left out.
 
@@ -350,14 +351,20 @@ def count_kept_bytes(
         batch: Crops at once; a few are run through the network on the CPU, as each more keeps as much.
         precision: fp32, bf16 or fp16.
         freeze_batch_norm: With batch norm in eval mode, which is folded into the convolutions on the CPU.
+        activation_checkpointing: With parts of the network computed again in the backward pass.
     """
     if batch > _FEW:
         of_two, of_three = (
-            count_kept_bytes(config, height, width, few, precision, freeze_batch_norm=freeze_batch_norm)
+            count_kept_bytes(
+                config, height, width, few, precision,
+                freeze_batch_norm=freeze_batch_norm, activation_checkpointing=activation_checkpointing,
+            )
             for few in (2, 3)
-        )
+        )  # fmt: skip
         return of_two + (batch - 2) * (of_three - of_two)
     model = _network(config).train()
+    model.activation_checkpointing = activation_checkpointing
+    model.features.pyramid.freeze_lonely_values(batch, height // 4, width // 4)
     if freeze_batch_norm:
         set_batch_norm_to_eval(model)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

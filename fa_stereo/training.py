@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +51,7 @@ from fa_stereo.data.sample import StereoSample
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import evaluate, network_predictor
-from fa_stereo.export import find_record, training_record
+from fa_stereo.export import WATCHING, find_record, training_record
 from fa_stereo.files import expand_user, save_atomically, sole_use
 from fa_stereo.history import FILE_NAME, History
 from fa_stereo.inference import choose_device
@@ -182,11 +182,13 @@ class Trainer:
         self.history: History | None = None
         self.lines: list[dict[str, Any]] | None = []  # of the history of the run that this one goes on with
         self.best_settings: dict[str, Any] = {}  # of the validation by which it is the best
+        self.best_kept_as: str | None = None  # where best.pt goes that is the best by another validation
         self.started = time.perf_counter()
         self.seconds: float | None = 0.0  # that the run took before
         self.seconds_in_steps = 0.0  # that all steps took, loading included, validations and writing not
         self.machine = describe_device(self.device, distributed.world_size())
         self.machines = [self.machine]
+        self.changes: list[dict[str, Any]] = []  # of settings, on the way: step, key and the value before
         self.step_times: deque[tuple[float, float]] = deque(maxlen=1000)  # wall and processor seconds of late
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -258,6 +260,8 @@ class Trainer:
                     log.close()
             for pool in pools:
                 self._tell("%d of %d pairs were rendered", pool.rendered, len(pool))
+            if finished and self.step > 0 and not self.ground_truth_seen:  # the clock may end a run before that is told
+                raise self._nothing_learnt()
             if finished:
                 self._export()
         if not finished:
@@ -400,7 +404,7 @@ class Trainer:
             "loss/total": total,
             **{f"loss/output_{number}": value for number, value in enumerate(outputs, start=1)},
             **({"loss/cross_entropy": cross_entropy} if self.config.loss.cross_entropy_weight else {}),
-            "train/end_point_error": end_point_error,
+            "train/end_point_error": end_point_error if counts[0] > 0 else math.nan,
             "train/learning_rate": rate,
             "train/gradient_norm": norm,
             "train/epoch": self.epoch,
@@ -419,12 +423,15 @@ class Trainer:
         epoch = math.ceil(self.stream.samples / self.settings.batch_size)
         low, high = _STEPS_WITHOUT
         if self.steps_without >= min(max(epoch, low), high) or self.step + 1 >= self.total_steps:
-            above = "above 0 and " if self.config.loss.mask_zero else ""
-            raise InputError(
-                f"{self.steps_without * self.settings.batch_size} training samples, and no pixel among them whose "
-                f"disparity is known, {above}below model.max_disparity={self.config.model.max_disparity}: look at the "
-                "ground truth with 'fa-stereo check-data' (positive, in pixels of the left view)"
-            )
+            raise self._nothing_learnt()
+
+    def _nothing_learnt(self) -> InputError:
+        above = "above 0 and " if self.config.loss.mask_zero else ""
+        return InputError(
+            f"{self.steps_without * self.settings.batch_size} training samples, and no pixel among them whose "
+            f"disparity is known, {above}below model.max_disparity={self.config.model.max_disparity}: look at the "
+            "ground truth with 'fa-stereo check-data' (positive, in pixels of the left view)"
+        )
 
     def _both_passes(self, left: Tensor, right: Tensor, truth: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Pass forward and backward through network and loss, and add to the gradients.
@@ -511,7 +518,7 @@ class Trainer:
         log.advance(self.step, self.expected_steps, self.epoch, self.settings.batch_size, values)
         if self._due(self.settings.log_every_steps, self.step) or self.step == 1:
             log.scalars(self.step, values)
-        if self.alarm.update(values["loss/total"]):
+        if not math.isnan(values["train/end_point_error"]) and self.alarm.update(values["loss/total"]):
             logger.warning(
                 "the loss has not fallen for %d steps (%.4g, and %.4g at best): lower optimizer.learning_rate, or look "
                 "at the pictures in TensorBoard", self.alarm.window, self.alarm.mean, self.alarm.best,
@@ -662,6 +669,9 @@ class Trainer:
         for name in names:
             path = self.output_dir / name
             try:
+                if name == "best.pt" and self.best_kept_as is not None:
+                    path.rename(self.output_dir / self.best_kept_as)
+                    self.best_kept_as = None
                 save_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
             except OSError as error:
                 raise TrainingError(
@@ -699,6 +709,8 @@ class Trainer:
             "seconds": None if self.seconds is None else self.seconds + time.perf_counter() - self.started,
             "seconds_in_steps": self.seconds_in_steps,
             "machines": self.machines,
+            "processes": distributed.world_size(),
+            "changes": self.changes,
             "rendered_pairs": self.rendered_pairs,
             "started_from": self.started_from,
         }
@@ -757,21 +769,36 @@ class Trainer:
             self.best = {}  # its weights are not in this folder, or those of a run that went on from here are
         elif self.best and self._validates_otherwise(changed):
             self.best = {}  # errors cannot be compared
-            self._tell("resuming with another validation: the best so far does not count")
+            self.best_kept_as = f"best_before_{self.step:07d}.pt"
+            self._tell(
+                "resuming with another validation: the best so far does not count, and is kept as %s",
+                self.best_kept_as,
+            )
         self.seconds, self.started_from = state.get("seconds"), state.get("started_from")
         self.seconds_in_steps = state.get("seconds_in_steps", self.seconds or 0.0)  # older checkpoints do not have it
         self.machines = list(dict.fromkeys([*state.get("machines", []), *self.machines]))
+        self.changes = [
+            *state.get("changes", []),
+            *({"step": self.step, "key": key, "before": value} for key, value in changed.items() if self._trains(key)),
+        ]
         if distributed.rank() < len(state["random_states"]):
             set_random_state(state["random_states"][distributed.rank()])
 
-    def _validates_otherwise(self, changed: Sequence[str]) -> bool:
+    def _trains(self, key: str) -> bool:
+        """Tell whether another value of this key makes other weights."""
+        if key in ("trainer.epochs", "trainer.max_steps", "trainer.max_minutes"):
+            return self.config.schedule.kind not in ("constant", "multi_step")  # where it only goes on for longer
+        beside = ("output_dir", "trainer.resume", "trainer.init_from", *WATCHING)
+        return key not in beside and not key.startswith("data.validation.")
+
+    def _validates_otherwise(self, changed: Iterable[str]) -> bool:
         """Tell whether the errors to come cannot be compared with the best one's, given the keys that have changed."""
         if self.validation_pairs is None:
             return False
         if not self.best_settings:
             return any(_changes_validation(key) for key in changed)
         now = _validation_settings(self.config)
-        return any(self.best_settings.get(key, value) != value for key, value in now.items())
+        return any(_resolved(key, self.best_settings.get(key, x)) != _resolved(key, x) for key, x in now.items())
 
     def _read_checkpoint(self, path: Path) -> dict[str, Any]:
         """Return a checkpoint that only the first process reads: on several nodes the others may not have its disk."""
@@ -786,15 +813,15 @@ class Trainer:
             raise state
         return state
 
-    def _check_agreement(self, path: Path, state: Mapping[str, Any]) -> list[str]:
-        """Refuse what would not be the same run; tell what else has changed, and return its keys."""
+    def _check_agreement(self, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Refuse what would not be the same run; tell what else has changed, and return by key what it was."""
         before, now = flatten_used(state["config"]), flatten_used(to_plain(self.config))
         before = flatten(to_plain(TrainConfig())) | before  # with defaults for settings that came later
-        changed = [key for key in now if key in before and before[key] != now[key]]
-        for key in changed:
+        changed = {key: before[key] for key in now if key in before and before[key] != now[key]}
+        for key, value in changed.items():
             if key in _MUST_AGREE or (key.startswith("model.") and key != "model.regression"):
                 raise InputError(
-                    f"{key} is {now[key]}, but {before[key]} in the run to resume ({path}): set it back, or start "
+                    f"{key} is {now[key]}, but {value} in the run to resume ({path}): set it back, or start "
                     "anew with init_from and another output_dir"
                 )
         if state["samples"] != self.stream.samples:
@@ -803,11 +830,11 @@ class Trainer:
                 f"{subject} {self.stream.samples} pairs, but had {state['samples']} in the run to resume "
                 f"({path}): restore the data, or start anew with init_from and another output_dir"
             )
-        for key in changed:
+        for key, value in changed.items():
             if key == "trainer.init_from" and now[key] is not None:
                 self._tell("resuming the run, which is there already: init_from=%s is not used", now[key])
             elif key not in ("output_dir", "trainer.resume", "trainer.init_from"):
-                self._tell("resuming with %s = %s (it was %s)", key, now[key], before[key])
+                self._tell("resuming with %s = %s (it was %s)", key, now[key], value)
         sources = [{key.split(".")[2] for key in flat if key.startswith("data.also.")} for flat in (now, before)]
         if sources[0] != sources[1]:
             self._tell("resuming with %d sources in data.also (there were %d)", *map(len, sources))
@@ -893,6 +920,12 @@ def _changes_validation(key: str) -> bool:
     """Tell whether another value of this key makes other errors of the same weights."""
     harmless = "device", "cache_index", "layout"  # where pairs are rendered, or how they are found
     return key == "model.regression" or (key.startswith("data.validation.") and not key.endswith(harmless))
+
+
+def _resolved(key: str, value: Any) -> Any:
+    """Return a setting's value; a path without what it may be spelt by."""
+    is_path = isinstance(value, str) and key.rpartition(".")[2] in ("root", "unused_files")
+    return expand_user(value).resolve() if is_path else value
 
 
 def _split_batch(batch: Batch, size: int | None) -> list[Batch]:

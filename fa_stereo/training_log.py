@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -67,7 +68,7 @@ class TrainingLog:
     def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
         with self._writing():
             for name, value in values.items():
-                if self._writer:
+                if self._writer and not math.isnan(value):
                     self._writer.add_scalar(name, value, step)
 
     def _add_picture(self, step: int, name: str, picture: NDArray[np.uint8]) -> None:
@@ -85,19 +86,20 @@ class TrainingLog:
             total_steps: Of the whole run, as far as is known now.
             epoch: Passes over the training pairs made.
             samples: Of this step.
-            values: What ``Trainer.train_step`` returned.
+            values: What ``Trainer.train_step`` returned; an error that is NaN was measured nowhere.
         """
+        error = values["train/end_point_error"]
         self._samples += samples
         self.bar.total = total_steps
         self.bar.update()
         self.bar.set_postfix(
-            loss=f"{values['loss/total']:.3g}", epe=f"{values['train/end_point_error']:.3g}", refresh=False
+            loss=f"{values['loss/total']:.3g}", epe="-" if math.isnan(error) else f"{error:.3g}", refresh=False
         )
         if not self._on_terminal and (time.perf_counter() >= self._line_due or step == total_steps):
             self._line_due = time.perf_counter() + LINE_EVERY_SECONDS
             logger.info(
-                "step %d/%s  epoch %.2f  loss %.4g  EPE %.3f px  learning rate %.3g",
-                step, total_steps or "?", epoch, values["loss/total"], values["train/end_point_error"],
+                "step %d/%s  epoch %.2f  loss %.4g  EPE %s px  learning rate %.3g",
+                step, total_steps or "?", epoch, values["loss/total"], "-" if math.isnan(error) else f"{error:.3f}",
                 values["train/learning_rate"],
             )  # fmt: skip
 

@@ -27,6 +27,7 @@ def write_run(
     trained_steps: int | None = None,
     started_from: dict[str, Any] | None = None,
     also: Sequence[DatasetConfig] = (),
+    more: dict[str, Any] | None = None,
     **attention: Any,
 ) -> Path:
     """Write weights and history of a run with one validation every 10 steps, and return its folder."""
@@ -50,5 +51,5 @@ def write_run(
         )
     steps = 10 * (len(errors) - 1) if trained_steps is None else trained_steps
     record = {"steps": steps, "training": without_paths(to_plain(config)), "started_from": started_from}
-    save_weights(build_model(model), folder / "weights.safetensors", record)
+    save_weights(build_model(model), folder / "weights.safetensors", record | (more or {}))
     return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,9 @@ def test_the_basic_network_takes_the_last_weight() -> None:
 
 
 def test_too_few_weights_are_refused() -> None:
+    for weights in ([], [1, math.nan, 1], [1, math.inf, 1], [1, -1, 1], [0, 0, 0]):
+        with pytest.raises(InputError, match=r"loss\.output_weights must be numbers of zero or more, and not all zero"):
+            LossConfig(output_weights=weights)
     with pytest.raises(InputError, match=r"loss\.output_weights has 2 entries, the network has 3 outputs"):
         StereoLoss(LossConfig(output_weights=[0.5, 1.0]), MODEL)
 

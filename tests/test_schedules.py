@@ -24,6 +24,13 @@ def test_warmup_grows_linearly_and_leaves_the_rest_alone() -> None:
     assert values[10:] == [1.0] * 90
 
 
+def test_warmup_leads_to_where_one_cycle_begins() -> None:
+    values = factors(ScheduleConfig("one_cycle", warmup_steps=10, rise_fraction=0.2))
+    assert values[:10] == pytest.approx([(step + 1) / 250 for step in range(10)])
+    assert values[:29] == sorted(values[:29])
+    assert max(values) == values[28] == pytest.approx(1.0)
+
+
 def test_cosine_ends_at_the_final_factor() -> None:
     config = ScheduleConfig("cosine", warmup_steps=20, final_factor=0.1)
     values = factors(config)

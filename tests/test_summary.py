@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +182,7 @@ def test_kept_bytes_are_those_of_a_small_network_counted_by_hand(monkeypatch: py
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3, 1, 1))
+            self.features = SimpleNamespace(pyramid=SimpleNamespace(freeze_lonely_values=lambda *_: None))
 
         def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
             scaled = left * self.weight  # keeps left, and the weight, which is there anyway
@@ -202,6 +204,13 @@ def test_the_materialized_map_is_what_it_keeps() -> None:
     assert half < 0.8 * full
     # Frozen batch norm is folded: what its convolution puts out is not kept.
     assert count_kept_bytes(network(kind="factorized"), 64, 96, batch=2, freeze_batch_norm=True) < 0.7 * full
+
+
+def test_what_is_computed_again_is_not_kept() -> None:
+    full = count_kept_bytes(network(kind="factorized"), 64, 96, batch=2)
+    assert count_kept_bytes(network(kind="factorized"), 64, 96, batch=2, activation_checkpointing=True) < 0.5 * full
+    # one crop as small as a cell of the pyramid, of which no statistics of a batch could be taken
+    assert count_kept_bytes(network(kind="factorized"), 32, 64, batch=1) > 0
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -84,6 +84,7 @@ def test_a_batch_without_ground_truth_changes_no_weight(pairs: Path, tmp_path: P
     trainer._train_mode()
     values = trainer.train_step(batch)
     assert values["loss/total"] == values["train/gradient_norm"] == 0
+    assert math.isnan(values["train/end_point_error"])  # as measured nowhere
     assert_identical(
         {k: v.data for k, v in before.items()}, {k: v.data for k, v in trainer.model.named_parameters()}, ""
     )
@@ -622,6 +623,19 @@ def test_a_lack_of_memory_in_a_step_does_not_cost_what_was_trained(
     for name, buffer in statistics.items():
         assert torch.equal(state["model"][name], buffer), name
     assert_identical(state["optimizer"], trainer.optimizer.state_dict(), "optimizer")
+
+
+def test_the_clock_does_not_hide_that_there_is_nothing_to_learn_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs")
+    for path in (pairs / "disparity").iterdir():
+        write_pfm(path, np.full((48, 80), 40.0, np.float32))
+    changes = {"trainer__max_minutes": 1e-6, "data__validation": None}
+    with caplog.at_level(logging.INFO, logger="fa_stereo"), pytest.raises(InputError, match="no pixel among them"):
+        Trainer(tiny_config(pairs, tmp_path / "run", **changes)).run()
+    assert "EPE - px" in caplog.text
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
 
 
 @pytest.mark.parametrize("truth", [-3.0, np.inf, 40.0])

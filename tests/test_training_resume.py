@@ -31,11 +31,11 @@ from training_runs import (
 )
 
 import fa_stereo.training
-from fa_stereo.config import DatasetConfig, TrainConfig
+from fa_stereo.config import DatasetConfig, OptimizerConfig, TrainConfig
 from fa_stereo.errors import InputError
 from fa_stereo.evaluation import Predict
 from fa_stereo.history import FILE_NAME, read_history
-from fa_stereo.models.checkpoint import load_model
+from fa_stereo.models.checkpoint import load_model, read_record
 from fa_stereo.training import Trainer
 
 # Everything that has a state: the average, the clipping, the schedule, loader processes, validation.
@@ -280,9 +280,29 @@ def test_the_best_so_far_is_of_the_same_validation_pairs(pairs: Path, tmp_path: 
     other = write_pairs(tmp_path / "other", count=2)
     folder = tmp_path / "run"
     Trainer(tiny_config(pairs, folder, data__validation=DatasetConfig("pairs", str(pairs)), trainer__epochs=1)).run()
-    for root, kept in ((pairs, True), (other, False)):
+    for root, kept in ((pairs, True), (pairs / "left" / "..", True), (other, False)):
         changed = tiny_config(pairs, folder, data__validation=DatasetConfig("pairs", str(root)), trainer__epochs=2)
         assert bool(Trainer(changed).best) == kept
+    best = (folder / "best.pt").read_bytes()
+    Trainer(changed).run()
+    (kept_file,) = folder.glob("best_before_*.pt")
+    assert kept_file.read_bytes() == best
+    assert (folder / "best.pt").read_bytes() != best
+
+
+def test_what_was_changed_on_the_way_is_on_record(pairs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    Trainer(tiny_config(pairs, folder, trainer__epochs=1, optimizer__learning_rate=0.01)).run()
+    assert read_record(folder / "weights.safetensors")["changes"] == []
+    for epochs in (2, 3):
+        Trainer(tiny_config(pairs, folder, trainer__epochs=epochs, trainer__log_every_steps=7)).run()
+    record = read_record(folder / "weights.safetensors")
+    assert record["training"]["optimizer.learning_rate"] == OptimizerConfig().learning_rate
+    (steps,) = {change["step"] for change in record["changes"]}
+    assert record["changes"] == [{"step": steps, "key": "optimizer.learning_rate", "before": 0.01}]
+    Trainer(tiny_config(pairs, folder, trainer__epochs=4, schedule__kind="cosine")).run()  # over another time, too
+    changes = read_record(folder / "weights.safetensors")["changes"][1:]
+    assert [change["key"] for change in changes] == ["schedule.kind", "trainer.epochs"]
 
 
 def test_the_best_of_other_validation_pairs_does_not_come_back(pairs: Path, tmp_path: Path) -> None:

@@ -117,8 +117,9 @@ def describe(variant: Variant, baseline: Variant, size: tuple[int, int] | None, 
 
     run = next(iter(variant.runs.values()))
     crop = (run.settings["data.augmentation.crop_height"], run.settings["data.augmentation.crop_width"])
-    batch = run.settings["trainer.micro_batch_size"] or run.settings["trainer.batch_size"]
-    precision, frozen = run.settings["trainer.precision"], bool(run.settings.get("trainer.freeze_batch_norm"))
+    share = -(-run.settings["trainer.batch_size"] // run.settings["processes"])  # of the largest process
+    batch = min(run.settings["trainer.micro_batch_size"] or share, share)
+    precision = run.settings["trainer.precision"]
     steps, values = variant.curve("end_point_error")
     row: dict[str, Any] = {
         "variant": variant.label,
@@ -127,7 +128,14 @@ def describe(variant: Variant, baseline: Variant, size: tuple[int, int] | None, 
         "parameters": count_parameters(variant.model),
         "multiply_adds": count_multiply_adds(variant.model, *(size or crop)),
         "multiply_adds_size": list(size or crop),
-        "kept_bytes": count_kept_bytes(variant.model, *crop, batch, precision, freeze_batch_norm=frozen),
+        "kept_bytes": count_kept_bytes(
+            variant.model,
+            *crop,
+            batch,
+            precision,
+            freeze_batch_norm=bool(run.settings.get("trainer.freeze_batch_norm")),
+            activation_checkpointing=bool(run.settings.get("trainer.activation_checkpointing")),
+        ),
         "training_step": {"crop": list(crop), "batch": batch, "precision": precision},
         **{key: variant.recorded(key) for key in ("step_seconds", "step_cpu_seconds", "peak_memory_bytes")},
         "last_steps": list(variant.last_steps),
@@ -179,17 +187,20 @@ def format_report(report: dict[str, Any]) -> str:
     rows = report["variants"]
     with_peak = any(row["peak_memory_bytes"] is not None for row in rows)
     first = rows[0]
-    step, size = first["training_step"], "x".join(map(str, first["multiply_adds_size"]))
-    crop = "x".join(map(str, step["crop"]))
+    size = "x".join(map(str, first["multiply_adds_size"]))
+    training_steps = [_training_step(row) for row in rows]
+    alike = len(set(training_steps)) == 1
     header = ["variant", "parameters", f"multiply-adds at {size}", "kept", "step, clock", "step, processor"]
+    header += [] if alike else ["training step"]
     header += ["peak"] if with_peak else []
     header += ["EPE", "bad-3", "seeds", f"EPE less that of {report['baseline']}", "verdict"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 2) + "---|"]
-    for row in rows:
+    for row, training_step in zip(rows, training_steps, strict=True):
         cells = [
             row["variant"], f"{row['parameters']:,}", f"{row['multiply_adds'] / 1e9:.3f} G",
             f"{row['kept_bytes'] / 1e6:.1f} MB", seconds(row["step_seconds"]), seconds(row["step_cpu_seconds"]),
         ]  # fmt: skip
+        cells += [] if alike else [training_step]
         if with_peak:
             peak = row["peak_memory_bytes"]
             cells.append("" if peak is None else f"{peak / 1e9:.2f} GB")
@@ -205,11 +216,16 @@ def format_report(report: dict[str, Any]) -> str:
             "",
             f"EPE and bad-3: last validation, after {steps} steps; mean ± standard deviation over seeds.",
             f"Difference of the EPE: mean and {100 * CONFIDENCE:.0f} % interval, paired by seed.",
-            f"Training step: {step['batch']} crops of {crop} in {step['precision']}; what it keeps is counted, its "
-            "time is as recorded.",
+            *([f"Training step: {training_steps[0]}."] if alike else []),
+            "What a training step keeps is counted, of one process; its time is as recorded.",
             *report["remarks"],
         ]
     )
+
+
+def _training_step(row: dict[str, Any]) -> str:
+    step = row["training_step"]
+    return f"{step['batch']} crops of {'x'.join(map(str, step['crop']))} in {step['precision']}"
 
 
 def seconds(value: float | None) -> str:

@@ -73,6 +73,31 @@ def test_memory_is_told_where_it_was_recorded(tmp_path: Path, capsys: pytest.Cap
     assert "GB" not in none
 
 
+def test_steps_that_differ_are_told_in_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "runs" / "0", trainer={"batch_size": 4, "activation_checkpointing": True})
+    write_run(tmp_path / "runs" / "1", trainer={"batch_size": 4})
+    write_run(tmp_path / "runs" / "2", trainer={"batch_size": 4, "validate_every_steps": 7}, seed=1)
+    write_run(tmp_path / "runs" / "3", trainer={"batch_size": 4}, more={"processes": 2})
+    write_run(
+        tmp_path / "runs" / "4",
+        trainer={"batch_size": 4},
+        more={"changes": [{"step": 5, "key": "optimizer.learning_rate", "before": 0.1}]},
+    )
+    assert main(["summarize", str(tmp_path / "runs"), "-o", str(tmp_path / "out")]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert "| training step |" in header
+    of_two = [row for row in rows if "2 crops of 32x64 in fp32" in row]
+    assert len(of_two) == sum("processes=2" in row for row in rows) == 1
+    assert sum("4 crops of 32x64 in fp32" in row for row in rows) == 3
+    assert sum("changes=optimizer.learning_rate=0.1 up to step 5" in row for row in rows) == 1
+    report = {
+        variant["runs"][0].rpartition("/")[2]: variant
+        for variant in json.loads((tmp_path / "out" / "summary.json").read_text())["variants"]
+    }
+    assert report["1"]["seeds"] == [0, 1]  # how often a run is validated does not matter
+    assert report["0"]["kept_bytes"] < 0.5 * report["1"]["kept_bytes"]
+
+
 def test_unfinished_runs_are_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "runs" / "0")
     (write_run(tmp_path / "runs" / "1", seed=1) / "weights.safetensors").unlink()
