@@ -42,7 +42,8 @@ from fa_stereo.memory import (
     start_peak,
 )
 from fa_stereo.models.features import SLOT_MAPS
-from fa_stereo.models.optimized import autocast, optimize_for_inference, to_channels_last
+from fa_stereo.models.memory_format import to_channels_last
+from fa_stereo.models.optimized import autocast, optimize_for_inference
 from fa_stereo.models.psmnet import StereoOutput, build_model
 
 SCOPES = ("block", "features", "network")

@@ -33,7 +33,8 @@ from fa_stereo.memory import keep_freed_memory, memory_in_use, peak_memory, retu
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_model
 from fa_stereo.models.cost_volume import convolve_cost_volume, convolve_cost_volume_reference
-from fa_stereo.models.optimized import DTYPES, autocast, optimize_for_inference, to_channels_last
+from fa_stereo.models.memory_format import to_channels_last
+from fa_stereo.models.optimized import DTYPES, autocast, optimize_for_inference
 from fa_stereo.models.psmnet import PSMNet, build_model
 
 PARTS = ("features", "first_convolution", "aggregation", "regression", "network", "training_step", "pairs")

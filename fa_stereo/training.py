@@ -60,7 +60,8 @@ from fa_stereo.machine import describe_device
 from fa_stereo.memory import is_out_of_memory
 from fa_stereo.models.batch_norm import set_batch_norm_to_eval
 from fa_stereo.models.checkpoint import load_matching_weights, read_torch_file, save_weights
-from fa_stereo.models.optimized import autocast, computes_in_hardware, to_channels_last
+from fa_stereo.models.memory_format import to_channels_last
+from fa_stereo.models.optimized import autocast, computes_in_hardware
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, StereoOutput, build_model
 from fa_stereo.random_states import random_state, seed_everything, set_random_state
 from fa_stereo.sampling import Batch, StepSampler, TrainingStream, make_loader

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fa_stereo.models.layers import channels_last_format
+from fa_stereo.models.memory_format import channels_last_format
 
 _TILE = 4096  # values a program reads at once
 _PROGRAMS = 512  # that share the rows of a sum, at most

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fa_stereo.models import fused
+from fa_stereo.models.memory_format import channels_last_format
 from fa_stereo.models.triton_support import Kernel, checked_kernel
 
 ONEDNN_ELEMENTS = 20480
@@ -174,11 +175,6 @@ def _suits_kernels(norm: nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> bool:
     if torch.compiler.is_compiling() or _has_hooks(norm):
         return False
     return x.is_contiguous(memory_format=channels_last_format(x)) and x.shape[1] in (4, 8, 16, 32, 64, 128, 256, 512)
-
-
-def channels_last_format(x: Tensor) -> torch.memory_format:
-    """Return the memory order in which the channels of a map [B, C, H, W] or [B, C, D, H, W] lie together."""
-    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 @cache

@@ -16,6 +16,7 @@ from fa_stereo.config import INFERENCE_PRECISIONS
 from fa_stereo.errors import InputError
 from fa_stereo.models.aggregation import ScoreHead
 from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d, fold
+from fa_stereo.models.memory_format import to_channels_last
 from fa_stereo.models.psmnet import PSMNet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "mixed": torch.bfloat16}
@@ -83,20 +84,6 @@ def computes_in_hardware(precision: str, device: torch.device) -> bool:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context in which a network of float32 weights computes in fp32, bf16 or fp16, as in training."""
     return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
-
-
-def to_channels_last(model: PSMNet) -> PSMNet:
-    """Put the weights of all convolutions into channels_last(_3d) order, in place, and return the network.
-
-    Activations follow the weights, in training too. Values, names and shapes of parameters stay the same, and so does
-    the function.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
-        elif isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
-            module.to(memory_format=torch.channels_last_3d)
-    return model
 
 
 def fold_batch_norms(model: PSMNet) -> None:

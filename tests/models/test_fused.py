@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fa_stereo.config import ModelConfig
 from fa_stereo.models import aggregation, fused, layers
 from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d, finished
-from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference, to_channels_last
+from fa_stereo.models.memory_format import channels_last_format, to_channels_last
+from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference
 from fa_stereo.models.psmnet import build_model
 
 needs_fusion = pytest.mark.skipif(not fused.works(torch.float32), reason="oneDNN does not fuse here")
@@ -33,7 +34,7 @@ def folded(layer: ConvNorm2d | ConvNorm3d | DeconvNorm3d) -> nn.Module:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=layers.channels_last_format(x))
+    return x.contiguous(memory_format=channels_last_format(x))
 
 
 @needs_fusion
@@ -68,7 +69,7 @@ def test_sum_and_relu_are_part_of_the_convolution(
     assert layers.fuses(layer, x, addend)
     found = finished(layer, x, relu=relu, addend=addend)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert found.is_contiguous(memory_format=layers.channels_last_format(found))
+    assert found.is_contiguous(memory_format=channels_last_format(found))
     if kept is not None:  # in another order of memory: as written
         torch.testing.assert_close(
             finished(layer, x, relu=relu, addend=kept.contiguous()), expected, atol=1e-5, rtol=1e-5

@@ -17,7 +17,8 @@ from fa_stereo.errors import InputError
 from fa_stereo.models import aggregation, fused, layers
 from fa_stereo.models.aggregation import add_score_taps, convolve_slab, new_scores, score_taps, upsample_slab
 from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d
-from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference, to_channels_last
+from fa_stereo.models.memory_format import to_channels_last
+from fa_stereo.models.optimized import fold_batch_norm, optimize_for_inference
 from fa_stereo.models.psmnet import PSMNet, build_model
 
 
