@@ -330,8 +330,9 @@ class DatasetConfig:
         kind: scene_flow, rendered, kitti2012, kitti2015, middlebury2014, middlebury2006, middlebury_v2, eth3d or
             pairs (people's own: see data/README.md).
         root: Folder of the data; unused by ``rendered``.
-        split: ``train`` or ``test``; ``validation`` where the data set has one; ``all`` for all of them together.
-            Data sets without splits give all their pairs.
+        split: ``train`` or ``test``; ``validation`` where the data set has one (KITTI); ``all`` for all pairs with
+            ground truth: Scene Flow's train and test, KITTI's train and validation, ``train`` of ETH3D and Middlebury
+            2014. Data sets without splits give all their pairs.
         resolution: Which size of Middlebury to read where several are there: ``quarter``, ``third``, ``half`` or
             ``full``; None takes the only one.
         limit: Use only the first n pairs; None uses all.
@@ -377,10 +378,10 @@ class AugmentationConfig:
     """Random changes of a training sample; all off, as in the paper's recipe.
 
     Attributes:
-        crop_height: Height of the random training crop in pixels (PSMNet: 256).
-        crop_width: Width of the random training crop in pixels (PSMNet: 512).
+        crop_height: Height of the random training crop in pixels, a multiple of 16 (PSMNet: 256).
+        crop_width: Width of the random training crop in pixels, a multiple of 16 (PSMNet: 512).
         color: Strength of brightness, contrast, gamma and saturation changes; 0 is off, 1 is usual.
-        asymmetric_color: Probability that the two views are changed differently.
+        asymmetric_color: Probability that ``color`` changes the two views differently; without ``color`` no effect.
         right_occluder: Probability of painting rectangles of mean colour into the right view.
         scale: Largest log2 of the random scale; 0 is off, 0.4 is usual. Disparity scales with the width.
         stretch: Largest log2 of the random horizontal stretch; 0 is off, 0.2 is usual.
@@ -571,9 +572,9 @@ class TrainerConfig:
         keep_every_steps: Keep a numbered checkpoint this often; 0 is off.
         init_from: Weights to start from, a bundled name (``small``, ``full``) or a file; what matches is loaded, and
             the rest is reported.
-        resume: Checkpoint to go on from; ``auto`` takes ``last.pt`` of the output folder if there is one. So does a
-            checkpoint of another folder, of which that is the continuation; one of the output folder itself is gone
-            back to every time.
+        resume: ``auto`` goes on from ``last.pt`` of the output folder if there is one. A checkpoint of another folder
+            is where a new run goes on from; given again, from that run's own ``last.pt``. A checkpoint of the output
+            folder itself is gone back to every time. None begins anew, and is refused where a run is.
         plateau_alarm_steps: Warn if the loss has not fallen over so many steps; 0 is off.
     """
 

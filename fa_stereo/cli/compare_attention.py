@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants", metavar="LIST",
         help="any of conf/attention (none, factorized, factorized_heads, non_local_fused, axial_whole, ...), "
-        f"non_local_materialized, axial_SPAN (default {DEFAULT_VARIANTS['network']})",
+        f"non_local_materialized, axial_SPAN (default {DEFAULT_VARIANTS['network']}; in --scope block without none)",
     )  # fmt: skip
     parser.add_argument("--sizes", metavar="LIST", help="HEIGHTxWIDTH of pictures or crops, multiples of 16")
     parser.add_argument("--batches", default="1", metavar="LIST", help="maps, pictures or pairs at once")
@@ -104,8 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="compute memory at this batch from the measured batches, by a straight line")  # fmt: skip
     parser.add_argument("--base-channels", type=int, default=32, metavar="C", help="of the network (default 32)")
     parser.add_argument("--key-channels", type=int, metavar="B", help="b and k (default 2 x base channels)")
-    parser.add_argument("--value-channels", type=int, metavar="M", help="of the value bottleneck (default none)")
-    parser.add_argument("--heads", type=int, metavar="H", help="default 1, of axial attention 8")
+    parser.add_argument("--value-channels", type=int, metavar="M",
+                        help="of all variants (default: B of *_bottleneck, else those of the map)")  # fmt: skip
+    parser.add_argument("--heads", type=int, metavar="H", help="default 1; of axial*, *_heads and *_transformer 8")
     parser.add_argument("--slots", default="res4", metavar="LIST", help="where the network has blocks (default res4)")
     parser.add_argument("--max-disparity", type=int, default=192, metavar="PX", help="of the whole network")
     parser.add_argument("--activation-checkpointing", action="store_true", help="in the whole network's training step")

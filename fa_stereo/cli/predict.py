@@ -36,7 +36,7 @@ formats asked for:
   pfm       32-bit float, pixels (Scene Flow, Middlebury, ETH3D)
   kitti     16-bit PNG named NAME_kitti.png: disparity * 256, 0 = no value
   npy       NumPy float32 [H, W], pixels
-  depth_m   NAME_depth_m.npy: NumPy float32 [H, W], metres; inf at infinity, nan where a disparity would lie beyond
+  depth_m   NAME_depth_m.npy: NumPy float32 [H, W], metres; inf at infinity, nan = no value, or behind the cameras
   depth_mm  NAME_depth_mm.png: 16-bit PNG, millimetres; 0 = no value, or 65.5 m and more
   ply       coloured point cloud, metres from the view's camera: x to the right, y down, z forward
   confidence  NAME_confidence.png: 8-bit PNG, the largest probability that the network gives to any 12 px of the range,
@@ -86,7 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--min-confidence", type=float, default=0.0, metavar="P",
-        help="pixels of less confidence, from 0 to 1, get no value: black, inf in pfm and npy, no point, no depth",
+        help="pixels of less confidence, from 0 to 1, get no value: black in png, inf in pfm and npy, 0 in kitti and "
+        "depth_mm, nan in depth_m, no point in ply (default 0: all get one)",
     )  # fmt: skip
     parser.add_argument(
         "--left-right", type=float, metavar="PX",
