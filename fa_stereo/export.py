@@ -135,8 +135,8 @@ def export_weights(
         regression: How these weights predict from now on, ``expectation`` or ``modal``; None leaves it as it was. The
             record's validation figures stay those of the run; of a mean, or with other statistics of batch norm, it
             has none but the run's curve.
-        average_with: Other weights of the same network, each a bundled name or a file, those that the run started from
-            for example, or those of other runs from the same start: the mean of all is written (Wortsman et al. 2022,
+        average_with: Other weights of the same network, each a bundled name, a file or a run's folder, those that the
+            run started from for example, or those of other runs from the same start: the mean of all is written (Wortsman et al. 2022,
             "Model soups"), of batch norm's statistics too.
         batch_norm_pairs: Estimate batch norm's statistics anew over so many samples of the run's own training data,
             cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training. Only of a
@@ -155,15 +155,11 @@ def export_weights(
     """
     output = Path(output)
     bundled = checkpoint in WEIGHT_NAMES and not Path(checkpoint).exists()  # a run's folder may be called so
-    checkpoint = find_weights(str(checkpoint)) if bundled else Path(checkpoint)
+    checkpoint = find_weights(str(checkpoint)) if bundled else _file_in(Path(checkpoint))
     if output.suffix != ".safetensors":
         raise InputError(f"{output}: name the output *.safetensors")
     if data_root is not None and not batch_norm_pairs:
         raise InputError(f"--data-root {data_root}: the data is needed for --reestimate-batch-norm alone: leave it out")
-    if checkpoint.is_dir():
-        checkpoint = checkpoint / "last.pt"
-        if not checkpoint.is_file():
-            raise InputError(f"{checkpoint}: no such checkpoint: name the folder of a run, or one of its .pt files")
     model = load_model(checkpoint, device)
     if is_torch_file(checkpoint):
         state = read_torch_file(checkpoint)
@@ -178,7 +174,7 @@ def export_weights(
     else:
         record = read_record(checkpoint)
     if average_with:
-        files = [find_weights(name) if name in WEIGHT_NAMES else Path(name) for name in average_with]
+        files = [find_weights(str(name)) if name in WEIGHT_NAMES else _file_in(Path(name)) for name in average_with]
         average_weights(
             model, [(str(name), load_model(file, device)) for name, file in zip(average_with, files, strict=True)]
         )
@@ -211,6 +207,15 @@ def export_weights(
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror or error}); choose another place") from error
     return record
+
+
+def _file_in(path: Path) -> Path:
+    """Return a file, or the newest checkpoint of a run's folder."""
+    if not path.is_dir():
+        return path
+    if not (path / "last.pt").is_file():
+        raise InputError(f"{path / 'last.pt'}: no such checkpoint: name the folder of a run, or one of its .pt files")
+    return path / "last.pt"
 
 
 def _record_of_mean(record: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_the_mean_with_other_weights(run: Path, tmp_path: Path, capsys: pytest.C
     assert record["averaged_with"] == [{"steps": 9, "samples_seen_in_all": 70}]
     files = [str(tmp_path / f"{name}.safetensors") for name in "abc"]
     assert main(["export-weights", str(run), "-o", files[2].replace("c.", "e."), "--precision", "fp32",
-                 "--average-with", files[0], "--average-with", files[1], "--average-with", files[1]]) == 0  # fmt: skip
+                 "--average-with", str(run), "--average-with", files[1], "--average-with", files[1]]) == 0  # fmt: skip
     assert len(read_record(tmp_path / "e.safetensors")["averaged_with"]) == 3
     first, mean, of_four = (dict(load_model(tmp_path / f"{name}.safetensors").named_parameters()) for name in "ace")
     for name, parameter in first.items():
@@ -101,6 +101,9 @@ def test_the_mean_with_other_weights(run: Path, tmp_path: Path, capsys: pytest.C
     for wrong in (str(tmp_path / "wide.safetensors"), "small"):
         assert main(["export-weights", str(run), "-o", str(tmp_path / "d.safetensors"), "--average-with", wrong]) == 2
         assert f"{wrong}: cannot be averaged with these weights" in capsys.readouterr().err
+    (tmp_path / "no_run").mkdir()
+    with pytest.raises(InputError, match=r"no_run/last\.pt: no such checkpoint: name the folder of a run"):
+        export_weights(run, tmp_path / "d.safetensors", average_with=[tmp_path / "no_run"])
     assert not (tmp_path / "d.safetensors").exists()
 
 

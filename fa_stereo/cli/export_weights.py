@@ -18,7 +18,7 @@ EXAMPLES = """\
 examples:
   fa-stereo export-weights runs/train/2031-05-06_07-08-09 -o small.safetensors
   fa-stereo export-weights RUN/best.pt -o small.safetensors --reestimate-batch-norm 400
-  fa-stereo export-weights RUN -o mean.safetensors --average-with small --average-with RUN_2/weights.safetensors
+  fa-stereo export-weights RUN -o mean.safetensors --average-with small --average-with RUN_2
   fa-stereo export-weights RUN -o small.safetensors --note data="pairs rendered by fa_stereo" --note licence=MIT"""
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--average-with", action="append", default=[], metavar="WEIGHTS",
-        help="write the mean of these and other weights of the same network (a bundled name or a file), those that the "
+        help="write the mean of these and other weights of the same network (a bundled name, a file or a run), those that the "
         "run started from for example, or those of other runs from the same start; may be repeated",
     )  # fmt: skip
     parser.add_argument(
