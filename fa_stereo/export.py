@@ -136,8 +136,8 @@ def export_weights(
             record's validation figures stay those of the run; of a mean, or with other statistics of batch norm, it
             has none but the run's curve.
         average_with: Other weights of the same network, each a bundled name, a file or a run's folder, those that the
-            run started from for example, or those of other runs from the same start: the mean of all is written (Wortsman et al. 2022,
-            "Model soups"), of batch norm's statistics too.
+            run started from for example, or those of other runs from the same start: the mean of all is written
+            (Wortsman et al. 2022, "Model soups"), of batch norm's statistics too.
         batch_norm_pairs: Estimate batch norm's statistics anew over so many samples of the run's own training data,
             cropped and augmented as it was (rounded up to whole batches); 0 keeps those of the training. Only of a
             training checkpoint.

@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--average-with", action="append", default=[], metavar="WEIGHTS",
-        help="write the mean of these and other weights of the same network (a bundled name, a file or a run), those that the "
-        "run started from for example, or those of other runs from the same start; may be repeated",
+        help="write the mean of these and other weights of the same network (a bundled name, file or run), those that "
+        "the run started from for example, or those of other runs from the same start; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--reestimate-batch-norm",
