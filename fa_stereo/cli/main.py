@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 
 from fa_stereo.errors import InputError
 
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fa-stereo: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     command = importlib.import_module(COMMANDS[name][0])
+    # Of Pillow, about pictures from half the size on that it refuses: whoever names them here knows them.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit .*")
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text: as stderr, print them escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

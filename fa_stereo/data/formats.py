@@ -19,7 +19,6 @@ import io
 import re
 import struct
 import tokenize
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -32,9 +31,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fa_stereo.errors import InputError, RangeError
 from fa_stereo.files import read_bytes, write_bytes
-
-# pictures of more than a camera's usual size are people's own; Pillow refuses those of twice the size all the same
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 PICTURE_EXTENSIONS = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 DISPARITY_EXTENSIONS = (".pfm", ".png", ".npy")

@@ -8,15 +8,17 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from training_runs import write_pairs
 
 from fa_stereo.cli import check_data
 from fa_stereo.cli.main import main
-from fa_stereo.data.formats import write_kitti_disparity, write_pfm, write_picture
+from fa_stereo.data.formats import read_picture, write_kitti_disparity, write_pfm, write_picture
 from fa_stereo.errors import InputError
 
 
@@ -181,6 +183,17 @@ def test_a_folder_of_another_kind_cannot_be_used_at_all(tmp_path: Path, capsys: 
         assert message in capsys.readouterr().err
     assert main(["check-data", str(tmp_path), "--kind", "middlebury2006", "--resolution", "quarter"]) == 2
     assert "resolution must be one of third, half, full here" in capsys.readouterr().err
+
+
+def test_pillow_does_not_warn_of_large_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pairs(tmp_path, count=1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 80 - 1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        read_picture(tmp_path / "left/000.png")
+        assert [warning.category for warning in told] == [Image.DecompressionBombWarning]
+        assert main(["check-data", str(tmp_path), "--kind", "pairs"]) == 0
+        assert len(told) == 1
 
 
 def test_own_pairs_without_ground_truth_are_not_called_otherwise(
