@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from fa_stereo.cli.outputs import check_output_file
 from fa_stereo.config import (
     DATASET_KINDS,
     SCENE_FLOW_LAYOUTS,
@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     root = checked_root(arguments.root, arguments.kind)
     if arguments.json:
-        _check_writable(Path(arguments.json))  # before hours of reading
+        check_output_file(Path(arguments.json))  # before hours of reading
     report = Report(str(root), arguments.kind, partial=arguments.partial)
     datasets = list(
         _scene_flow(root, arguments, report) if arguments.kind == "scene_flow" else _others(root, arguments, report)
@@ -159,16 +159,6 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         write_bytes(arguments.json, (json.dumps(report.as_plain(), indent=2) + "\n").encode())
     return 0 if report.sound else 1
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(f"{path}: cannot be written (a folder is in its place)")
-    try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _parser() -> argparse.ArgumentParser:

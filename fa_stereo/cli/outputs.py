@@ -42,3 +42,18 @@ def prepare_output_folder(folder: Path) -> None:
     except OSError as error:
         reason = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise InputError(f"{folder}: this folder cannot be written ({reason}); choose another with -o") from error
+
+
+def check_output_file(path: Path) -> None:
+    """Make sure, before anything expensive begins, that a file can be written in a folder that exists.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: cannot be written (a folder is in its place)")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
