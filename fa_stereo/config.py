@@ -31,6 +31,9 @@ ATTENTION_NORMALIZATIONS = ("gaussian", "dot")
 ATTENTION_COMPUTATIONS = ("materialized", "chunked", "fused")
 AGGREGATIONS = ("stacked_hourglass", "basic")
 REGRESSIONS = ("expectation", "modal")
+NETWORK_PADDINGS = ("zeros", "replicate")
+PREDICTION_SETTINGS = ("regression", "padding", "enlarge_below_px")
+"""Keys of ``ModelConfig`` that say how weights predict, and not what they are: no training depends on them."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 INFERENCE_PRECISIONS = (*PRECISIONS, "mixed")
 SCENE_FLOW_SETS = ("flyingthings3d", "monkaa", "driving")
@@ -138,6 +141,10 @@ class ModelConfig:
         regression: How disparity is predicted from its probabilities: by the ``expectation`` over all of the range as
             in PSMNet, or ``modal``, by that around the most probable value, which does not mix two surfaces at an
             edge. Training is by the expectation either way.
+        padding: What pictures whose sides are no multiples of 16 px are padded with, at the top and the right:
+            ``zeros`` (the mean colour of ImageNet) as in PSMNet's evaluation, or ``replicate``, their border repeated.
+        enlarge_below_px: In prediction, pictures of fewer pixels than this are predicted at one and a half times their
+            size too, and both are merged (see ``fa_stereo.models.two_sizes``), in three times the time; 0 never does.
         attention: The attention block put into every slot named in ``attention_slots``.
         attention_slots: Where blocks sit: after ``res1`` .. ``res4`` (PSMNet's layer1 .. layer4), or after the
             ``pyramid`` pooling's fusion.
@@ -148,6 +155,8 @@ class ModelConfig:
     max_disparity: int = 192
     align_corners: bool = False
     regression: str = "expectation"
+    padding: str = "zeros"
+    enlarge_below_px: int = 0
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     attention_slots: list[str] = field(default_factory=lambda: ["res4"])
 
@@ -163,6 +172,8 @@ class ModelConfig:
                 f"use {below} or {below + 16}"
             )
         _check_choice("model.regression", self.regression, REGRESSIONS)
+        _check_choice("model.padding", self.padding, NETWORK_PADDINGS)
+        _check_positive("model.enlarge_below_px", self.enlarge_below_px, zero=True)
         self.attention_slots = list(self.attention_slots)
         for slot in self.attention_slots:
             _check_choice("model.attention_slots", slot, ATTENTION_SLOTS)
@@ -652,7 +663,7 @@ class TrainConfig:
 # evaluation
 
 AVERAGINGS = ("pixel", "image", "batch")
-PADDINGS = ("top_right_zeros", "top_right_replicate", "symmetric_replicate")
+PADDINGS = ("by_network", "top_right_zeros", "top_right_replicate", "symmetric_replicate")
 
 
 @dataclass
@@ -668,8 +679,9 @@ class ProtocolConfig:
         image_seed: Seed of NumPy's legacy generator that draws the subset.
         expected_images: Size of the whole test set, to say so when a result rests on fewer; None does not.
         crop: [height, width] kept at the bottom right of larger images; None keeps all.
-        padding: ``top_right_zeros`` (the network's own: zeros after normalisation), ``top_right_replicate`` or
-            ``symmetric_replicate`` (the border repeated, half at each side), always cropped off again.
+        padding: ``by_network`` (as its ``ModelConfig.padding`` says), ``top_right_zeros`` (after normalisation, which
+            the network is told to do), ``top_right_replicate`` or ``symmetric_replicate`` (the border repeated, half
+            at each side), always cropped off again.
         padding_multiple: The replicating paddings pad to multiples of this many pixels.
         min_disparity: Ground truth up to and including this is not valid; None has no lower bound.
         max_disparity: Ground truth from this on is not valid; None takes all that is known.
@@ -688,7 +700,7 @@ class ProtocolConfig:
     image_seed: int = 1000
     expected_images: int | None = None
     crop: list[int] | None = None
-    padding: str = "top_right_zeros"
+    padding: str = "by_network"
     padding_multiple: int = 32
     min_disparity: float | None = 0.0
     max_disparity: float | None = 192.0
@@ -745,6 +757,9 @@ class EvaluateConfig:
         confidence: Measure the network's confidence too, over all pixels: the errors of what is kept from several
             thresholds on, and the area under the sparsification curve; printed, and in ``metrics.json``.
         regression: ``expectation`` or ``modal`` (see ``ModelConfig``); None takes what belongs to the weights.
+        padding: ``zeros`` or ``replicate`` likewise; None takes what the protocol asks for, or belongs to the weights.
+        enlarge_below_px: Pictures of fewer pixels are predicted at two sizes (see ``ModelConfig``; 0 never); None takes
+            what belongs to the weights.
         max_disparity: Search range in pixels (exclusive), a multiple of 16; None is that of the weights, of SGBM 192.
             Which pixels count is the protocol's.
         tile: For large pictures: compute this many rows at a time, a multiple of 16; None computes whole pictures.
@@ -764,6 +779,8 @@ class EvaluateConfig:
     contact_sheet: int = 0
     confidence: bool = False
     regression: str | None = None
+    padding: str | None = None
+    enlarge_below_px: int | None = None
     max_disparity: int | None = None
     tile: int | None = None
     precision: str = "fp32"
@@ -773,6 +790,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, ("network", "sgbm"))
         _check_choice("regression", self.regression, (None, *REGRESSIONS))
+        _check_choice("padding", self.padding, (None, *NETWORK_PADDINGS))
+        _check_positive("enlarge_below_px", self.enlarge_below_px, zero=True, none=True)
         _check_choice("precision", self.precision, ("auto", *INFERENCE_PRECISIONS))
         for name in ("max_disparity", "tile"):
             value = getattr(self, name)
@@ -786,8 +805,9 @@ class EvaluateConfig:
             raise InputError(f"method=sgbm has no weights: leave out checkpoint={self.checkpoint}")
         if self.method == "sgbm" and self.confidence:
             raise InputError("method=sgbm has no confidence: leave out confidence=true")
-        if self.method == "sgbm" and self.regression is not None:
-            raise InputError(f"method=sgbm has a regression of its own: leave out regression={self.regression}")
+        for name in PREDICTION_SETTINGS if self.method == "sgbm" else ():
+            if (value := getattr(self, name)) is not None:
+                raise InputError(f"method=sgbm is no network, which {name}={value} is for: leave it out")
         if self.method == "sgbm" and self.precision not in ("auto", "fp32"):
             raise InputError(f"method=sgbm computes in integers: leave out precision={self.precision}")
         if self.method == "sgbm" and self.tile is not None:

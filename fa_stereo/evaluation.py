@@ -281,7 +281,8 @@ def _crop(image: Tensor, size: list[int]) -> Tensor:
 def predict_padded(predict: Predict, left: Tensor, right: Tensor, protocol: ProtocolConfig) -> Tensor:
     """Pad both views as a protocol does, predict, and crop the disparity back.
 
-    ``top_right_zeros`` is left to the network, since its zeros come after normalisation. Repeating the border and
+    What comes after normalisation is left to the network: ``by_network`` and ``top_right_zeros``, which
+    ``fa-stereo evaluate`` has told it by then. Repeating the border and
     normalising may change places, so the other two are done here on the pictures.
 
     Args:
@@ -293,7 +294,7 @@ def predict_padded(predict: Predict, left: Tensor, right: Tensor, protocol: Prot
     Returns:
         What the function returns: disparity in pixels, [1, H, W], or disparity and confidence, [2, H, W].
     """
-    if protocol.padding == "top_right_zeros":
+    if protocol.padding in ("by_network", "top_right_zeros"):
         return predict(left, right)
     height, width = left.shape[-2:]
     rows, columns = -height % protocol.padding_multiple, -width % protocol.padding_multiple
@@ -450,7 +451,7 @@ def describe_protocol(protocol: ProtocolConfig) -> str:
         parts.append(f"{protocol.images} images (seed {protocol.image_seed})")
     if protocol.crop is not None:
         parts.append(f"bottom right {protocol.crop[1]}x{protocol.crop[0]}")
-    if protocol.padding != "top_right_zeros":
+    if protocol.padding != "by_network":
         parts.append(f"padding {protocol.padding.replace('_', ', ')}")
     return ", ".join(parts)
 

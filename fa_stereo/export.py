@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fa_stereo.config import DataConfig, flatten_used, from_plain, to_plain
+from fa_stereo.config import PREDICTION_SETTINGS, DataConfig, flatten_used, from_plain, to_plain
 from fa_stereo.data import open_training_pairs
 from fa_stereo.data.transforms import TrainingTransform, normalize_images
 from fa_stereo.errors import InputError
@@ -117,6 +117,8 @@ def export_weights(
     *,
     dtype: torch.dtype = torch.float16,
     regression: str | None = None,
+    padding: str | None = None,
+    enlarge_below_px: int | None = None,
     average_with: Sequence[str | Path] = (),
     batch_norm_pairs: int = 0,
     batch_size: int = 8,
@@ -135,6 +137,8 @@ def export_weights(
         regression: How these weights predict from now on, ``expectation`` or ``modal``; None leaves it as it was. The
             record's validation figures stay those of the run; of a mean, or with other statistics of batch norm, it
             has none but the run's curve.
+        padding: Likewise, ``zeros`` or ``replicate``; see ``ModelConfig``.
+        enlarge_below_px: Likewise, the number of pixels below which pictures are predicted at two sizes.
         average_with: Other weights of the same network, each a bundled name, a file or a run's folder, those that the
             run started from for example, or those of other runs from the same start: the mean of all is written
             (Wortsman et al. 2022, "Model soups"), of batch norm's statistics too.
@@ -198,9 +202,9 @@ def export_weights(
         record["batch_norm_pairs"] = reestimate_batch_norm(
             model, ((left.to(device), right.to(device)) for left, right in batches)
         )
-    if regression is not None:
-        model.set_regression(regression)
-        record["regression"] = regression
+    settings = {"regression": regression, "padding": padding, "enlarge_below_px": enlarge_below_px}
+    model.set_prediction(**settings)  # type: ignore[arg-type]
+    record |= {key: value for key, value in settings.items() if value is not None}
     record |= notes or {}
     try:
         save_weights(model, output, record, dtype)
@@ -240,8 +244,8 @@ def average_weights(model: PSMNet, others: Sequence[tuple[str, PSMNet]]) -> None
 
     Args:
         model: The network.
-        others: The other networks, of the same configuration but for the disparities searched and the regression; each
-            with its name for the error message.
+        others: The other networks, of the same configuration but for the disparities searched and how they predict;
+            each with its name for the error message.
 
     Raises:
         InputError: One is another network.
@@ -249,7 +253,9 @@ def average_weights(model: PSMNet, others: Sequence[tuple[str, PSMNet]]) -> None
     own = to_plain(model.config)
     for name, other in others:
         theirs = to_plain(other.config)
-        different = [key for key in own if key not in ("max_disparity", "regression") and own[key] != theirs[key]]
+        different = [
+            key for key in own if key not in ("max_disparity", *PREDICTION_SETTINGS) and own[key] != theirs[key]
+        ]
         if different:
             raise InputError(
                 f"{name}: cannot be averaged with these weights: its model.{different[0]} is another; leave it out"

@@ -123,7 +123,8 @@ class DisparityPredictor:
     Attributes:
         model: The network, in eval mode, on ``device``. What runs is a faster copy of it as it was at first: see
             ``fa_stereo.models.optimized``.
-        scale: Pictures are resized by this factor first, and disparity is brought back to their size.
+        scale: Pictures are resized by this factor first, and disparity is brought back to their size; None is their
+            own size, and for small ones a larger one too, where that belongs to the weights.
         band_height: Rows computed at a time in pixels; None for all.
         memory_gb: Choose the band height for each pair so that it takes about this much memory at most; None for any.
     """
@@ -134,7 +135,7 @@ class DisparityPredictor:
         device: str | torch.device = "auto",
         precision: str = "auto",
         *,
-        scale: float = 1.0,
+        scale: float | None = None,
         band_height: int | None = None,
         memory_gb: float | None = None,
         confidence: bool = False,
@@ -148,7 +149,9 @@ class DisparityPredictor:
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
             precision: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``mixed``; see ``choose_precision``. On a CPU without
                 hardware for it, where it is far slower than fp32, a warning is logged.
-            scale: Predict at another size: 0.5 takes a quarter of the time and memory and sees twice the disparity.
+            scale: Predict at this size alone: 0.5 takes a quarter of the time and memory and sees twice the disparity.
+                None predicts pictures at their own size, and small ones at a larger size too where the weights say so
+                (``ModelConfig.enlarge_below_px``), which 1.0 does not.
             band_height: Rows computed at a time, a multiple of 16, for large pictures; see ``fa_stereo.tiling``.
             memory_gb: Instead, the memory that a pair may take, in GB, besides the process itself.
             confidence: Predict confidence too.
@@ -163,7 +166,7 @@ class DisparityPredictor:
         """
         self._device = choose_device(device)
         self._precision = choose_precision(precision, self.device)
-        if not 0 < scale < math.inf:
+        if scale is not None and not 0 < scale < math.inf:
             raise InputError(f"the scale must be positive, got {scale}")
         if band_height is not None and (not hasattr(band_height, "__index__") or band_height <= 0 or band_height % 16):
             raise InputError(f"the rows of a tile must be a positive multiple of 16, got {band_height}")
@@ -178,6 +181,8 @@ class DisparityPredictor:
         self.scale, self.band_height, self.memory_gb = scale, band_height, memory_gb
         self._confidence, self._compile, self._cuda_graph = confidence, compile, cuda_graph
         self.model = model.to(self.device).eval()
+        if scale is not None:
+            self.model.set_prediction(enlarge_below_px=0)
         self._networks = {self.precision: self._build_networks(self.precision)}
         self._building = threading.Lock()
 
@@ -226,7 +231,7 @@ class DisparityPredictor:
         height, width = views[0].shape[:2]
         precision = self.precision
         try:
-            if self.scale != 1:
+            if self.scale is not None and self.scale != 1:
                 views = _resize_pair(*views, self.scale)
             pair = torch.from_numpy(np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2)))  # [2, 3, H, W]
             disparity, confidence = self._predict(pair, precision)
@@ -243,7 +248,7 @@ class DisparityPredictor:
                 f"--memory on the command line), or use a smaller scale or maximum disparity "
                 f"({str(error) or type(error).__name__})"
             ) from error
-        if self.scale != 1:
+        if self.scale is not None and self.scale != 1:
             # Disparity in pixels of the smaller picture, each of which is width / disparity width pixels wide.
             stretched = cv2.resize(disparity, (width, height), interpolation=cv2.INTER_LINEAR)
             disparity = stretched * np.float32(width / disparity.shape[1])
@@ -311,7 +316,7 @@ def load_predictor(
     max_disparity: int | None = None,
     *,
     regression: str | None = None,
-    scale: float = 1.0,
+    scale: float | None = None,
     band_height: int | None = None,
     memory_gb: float | None = None,
     confidence: bool = False,
@@ -343,8 +348,7 @@ def load_predictor(
     model = load_model(find_checkpoint(weights, chosen), device=chosen)
     if max_disparity is not None:
         model.set_max_disparity(max_disparity)
-    if regression is not None:
-        model.set_regression(regression)
+    model.set_prediction(regression=regression)
     return DisparityPredictor(
         model, chosen, precision,
         scale=scale, band_height=band_height, memory_gb=memory_gb, confidence=confidence, compile=compile,

@@ -22,6 +22,7 @@ from fa_stereo.errors import InputError
 from fa_stereo.memory import return_freed_memory
 from fa_stereo.models.features import SLOT_MAPS
 from fa_stereo.models.psmnet import SIZE_MULTIPLE, PSMNet
+from fa_stereo.models.two_sizes import enlarged_size
 
 DEFAULT_OVERLAP_PX = 128
 """Rows added on either side of a band. Beside the whole picture, with the small weights, Middlebury's Motorcycle
@@ -105,6 +106,7 @@ def estimate_memory(
         band_height: As for ``predict_in_bands``, with its usual overlap; None for the whole picture at once.
         precision: fp32, bf16, fp16 or mixed.
     """
+    height, width = _largest_size(config, height, width)
     feature_bytes, volume_bytes = _BYTES[precision]
     c, depths = config.base_channels, config.max_disparity // 4
     height4, width4 = -(-height // SIZE_MULTIPLE) * 4, -(-width // SIZE_MULTIPLE) * 4
@@ -132,6 +134,11 @@ def estimate_memory(
     return int(1.15 * (pictures + max(features, kept_features + max(volumes, regression)))) + library
 
 
+def _largest_size(config: ModelConfig, height: int, width: int) -> tuple[int, int]:
+    """Return the height and width at which a picture is predicted, of two sizes the larger one."""
+    return enlarged_size(height, width) if height * width < config.enlarge_below_px else (height, width)
+
+
 def choose_band_height(
     config: ModelConfig, height: int, width: int, budget_bytes: int, *, precision: str = "fp32"
 ) -> int | None:
@@ -146,7 +153,8 @@ def choose_band_height(
 
     if needed(None) <= budget_bytes:
         return None
-    for band_height in range(height // SIZE_MULTIPLE * SIZE_MULTIPLE, 0, -SIZE_MULTIPLE):
+    tallest, _ = _largest_size(config, height, width)
+    for band_height in range(tallest // SIZE_MULTIPLE * SIZE_MULTIPLE, 0, -SIZE_MULTIPLE):
         if needed(band_height) <= budget_bytes:
             return band_height
     least_gb = math.ceil(needed(SIZE_MULTIPLE) / 1e7) / 100

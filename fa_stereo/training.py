@@ -34,6 +34,7 @@ from fa_stereo import distributed
 from fa_stereo.attention.masks import record_inputs
 from fa_stereo.compilation import compile_network, uncompiled
 from fa_stereo.config import (
+    PREDICTION_SETTINGS,
     DataConfig,
     DatasetConfig,
     OptimizerConfig,
@@ -76,6 +77,7 @@ logger = logging.getLogger(__name__)
 
 # What must be as it was for a resumed run to see the data it would have seen, and for its optimizer's state to fit.
 _MUST_AGREE = ("trainer.batch_size", "trainer.seed", "optimizer.kind")
+_PREDICTION_KEYS = tuple(f"model.{key}" for key in PREDICTION_SETTINGS)
 
 # Loss scaling starts at 2^16 and halves with every gradient that overflows; down here it is not the scale's fault.
 _LEAST_LOSS_SCALE = 2.0**-14
@@ -820,7 +822,7 @@ class Trainer:
         before = flatten(to_plain(TrainConfig())) | before  # with defaults for settings that came later
         changed = {key: before[key] for key in now if key in before and before[key] != now[key]}
         for key, value in changed.items():
-            if key in _MUST_AGREE or (key.startswith("model.") and key != "model.regression"):
+            if key in _MUST_AGREE or (key.startswith("model.") and key not in _PREDICTION_KEYS):
                 raise InputError(
                     f"{key} is {now[key]}, but {value} in the run to resume ({path}): set it back, or start "
                     "anew with init_from and another output_dir"
@@ -920,7 +922,7 @@ def _validation_settings(config: TrainConfig) -> dict[str, Any]:
 def _changes_validation(key: str) -> bool:
     """Tell whether another value of this key makes other errors of the same weights."""
     harmless = "device", "cache_index", "layout"  # where pairs are rendered, or how they are found
-    return key == "model.regression" or (key.startswith("data.validation.") and not key.endswith(harmless))
+    return key in _PREDICTION_KEYS or (key.startswith("data.validation.") and not key.endswith(harmless))
 
 
 def _resolved(key: str, value: Any) -> Any:

@@ -92,7 +92,7 @@ def test_the_network_neither_waits_for_a_value_nor_copies_one_to_the_gpu(monkeyp
 @pytest.mark.parametrize("regression", ["expectation", "modal"])
 def test_a_recorded_network_computes_the_same(regression: str, confidence: bool) -> None:
     model = calibrated()
-    model.set_regression(regression)
+    model.set_prediction(regression=regression)
     network = partial(optimize_for_inference(model.cuda()), confidence=confidence)
     pairs = [torch.randn(2, 1, 3, 64, 96, device="cuda") for _ in range(3)]
     with torch.inference_mode():

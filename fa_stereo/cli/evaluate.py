@@ -11,7 +11,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from fa_stereo.config import DatasetConfig, EvaluateConfig, ProtocolConfig, from_plain, to_plain
+from fa_stereo.config import (
+    PREDICTION_SETTINGS,
+    DatasetConfig,
+    EvaluateConfig,
+    ProtocolConfig,
+    from_plain,
+    to_plain,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,8 +99,10 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict, dict[str, Any]]:
     precision = choose_precision(config.precision, device)
     checkpoint = find_checkpoint(config.checkpoint, device)
     model = load_model(checkpoint, device)
-    if config.regression is not None:
-        model.set_regression(config.regression)
+    padding = "zeros" if config.protocol.padding == "top_right_zeros" else None
+    model.set_prediction(
+        regression=config.regression, padding=config.padding or padding, enlarge_below_px=config.enlarge_below_px
+    )
     if config.max_disparity is not None:
         model.set_max_disparity(config.max_disparity)
 
@@ -110,7 +119,7 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict, dict[str, Any]]:
     return predict, {
         "method": "network",
         "checkpoint": str(config.checkpoint or checkpoint.stem),
-        "regression": model.config.regression,
+        **{key: getattr(model.config, key) for key in PREDICTION_SETTINGS},
         "max_disparity": model.config.max_disparity,
         "precision": precision,
         "device": device.type,
@@ -141,6 +150,10 @@ def _subject(config: EvaluateConfig, description: dict[str, Any]) -> str:
         return "OpenCV's SGBM" + (f" ({how[0]})" if how else "")
     if description["regression"] != "expectation":
         how.append(f"{description['regression']} regression")
+    if description["padding"] != "zeros" and config.protocol.padding in ("by_network", "top_right_zeros"):
+        how.append("padded with the border")
+    if limit := description["enlarge_below_px"]:
+        how.append(f"pictures below {limit / 1e6:g} megapixels at two sizes")
     if config.tile is not None:
         how.append(f"bands of {config.tile} rows")
     how.append(f"{description['precision']} on {description['device']}")
@@ -172,6 +185,8 @@ def deviations(config: EvaluateConfig) -> list[str]:
 
     notes = []
     protocol, data = config.protocol, config.dataset
+    if config.padding == "replicate" and protocol.padding == "top_right_zeros":
+        notes.append("padding is replicate, not top_right_zeros")
     file = find_conf_dir() / "protocol" / f"{protocol.name}.yaml"
     if file.is_file():  # people's own protocols have no other definition than the one in use
         published = from_plain(ProtocolConfig, OmegaConf.to_container(OmegaConf.load(file)), where=f"{file}: protocol")  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fa_stereo.config import REGRESSIONS
+from fa_stereo.config import NETWORK_PADDINGS, REGRESSIONS
 from fa_stereo.errors import InputError
 
 DESCRIPTION = """\
@@ -40,6 +40,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--regression", choices=REGRESSIONS, help="how the weights are to predict (default: as the run validated)"
     )
+    parser.add_argument(
+        "--padding", choices=NETWORK_PADDINGS,
+        help="what pictures whose sides are no multiples of 16 px are padded with, likewise",
+    )  # fmt: skip
+    parser.add_argument(
+        "--enlarge-below", type=int, metavar="PIXELS",
+        help="pictures of fewer pixels are to be predicted at one and a half times their size too (0: none), likewise",
+    )  # fmt: skip
     parser.add_argument(
         "--average-with", action="append", default=[], metavar="WEIGHTS",
         help="write the mean of these and other weights of the same network (a bundled name, file or run), those that "
@@ -82,6 +90,8 @@ def main(argv: list[str]) -> int:
         arguments.output,
         dtype=torch.float16 if arguments.precision == "fp16" else torch.float32,
         regression=arguments.regression,
+        padding=arguments.padding,
+        enlarge_below_px=arguments.enlarge_below,
         average_with=arguments.average_with,
         batch_norm_pairs=arguments.reestimate_batch_norm,
         batch_size=arguments.batch_size,

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fa_stereo.config import AttentionConfig, ModelConfig, from_plain, to_plain
+from fa_stereo.config import PREDICTION_SETTINGS, AttentionConfig, ModelConfig, from_plain, to_plain
 from fa_stereo.errors import InputError
 from fa_stereo.files import save_atomically
 from fa_stereo.models.psmnet import PSMNet, build_model
@@ -274,10 +274,10 @@ def load_matching_weights(model: PSMNet, path: str | Path) -> MatchReport:
             f"these weights need model.align_corners={str(config.align_corners).lower()}, which is "
             f"{str(model.config.align_corners).lower()} here: disparity will be off until training has made up for it"
         )
-    if config.regression != model.config.regression:
-        report.notes.append(
-            f"these weights predict by model.regression={config.regression}, which is {model.config.regression} here"
-        )
+    for key in PREDICTION_SETTINGS:
+        theirs, ours = getattr(config, key), getattr(model.config, key)
+        if theirs != ours:
+            report.notes.append(f"these weights predict by model.{key}={theirs}, which is {ours} here")
     model.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     return report
 

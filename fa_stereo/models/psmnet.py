@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from fa_stereo.models.regression import (
     regress_modal_disparity,
     regress_modal_disparity_reference,
 )
+from fa_stereo.models.two_sizes import predict_at_two_sizes
 
 SIZE_MULTIPLE = 16
 """Heights and widths the network works on: quarter resolution, then two halvings."""
@@ -95,8 +97,8 @@ class PSMNet(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor] | StereoOutput:
         """Estimate the left view's disparity.
 
-        Sizes that are no multiples of 16 are padded with zeros at the top and the right, as PSMNet's evaluation does
-        with its normalised pictures, and the result is cropped back.
+        Sizes that are no multiples of 16 are padded at the top and the right (``config.padding``), as PSMNet's
+        evaluation does with its normalised pictures, and the result is cropped back.
 
         Args:
             left: Normalised picture, float [B, 3, H, W]; H and W at least 16.
@@ -106,7 +108,8 @@ class PSMNet(nn.Module):
 
         Returns:
             In eval mode disparity in pixels, float32 [B, H, W], by ``config.regression``, and with ``confidence`` that
-            of ``regress_modal_disparity``, likewise. In training mode a ``StereoOutput``.
+            of ``regress_modal_disparity``, likewise; pictures of less than ``config.enlarge_below_px`` are predicted at
+            two sizes. In training mode a ``StereoOutput``.
 
         Raises:
             InputError: The views differ in size, or are smaller than 16x16.
@@ -118,23 +121,38 @@ class PSMNet(nn.Module):
         height, width = left.shape[-2:]
         if min(height, width) < SIZE_MULTIPLE:
             raise InputError(f"pictures must be at least {SIZE_MULTIPLE}x{SIZE_MULTIPLE} pixels, got {width}x{height}")
-        top, right_margin = -height % SIZE_MULTIPLE, -width % SIZE_MULTIPLE
-        if top or right_margin:
-            left, right = (F.pad(image, (0, right_margin, top, 0)) for image in (left, right))
-        padded_height, padded_width = left.shape[-2:]
-
-        logits = (score or self.score)(*self.extract_features(left, right))
+        score = score or self.score
         if self.training:
-            disparities = tuple(self.expectation(x, padded_height, padded_width)[:, top:, :width] for x in logits)
-            return StereoOutput(disparities, tuple(logits))
-        scores = logits[-1]
-        if self.config.regression == "expectation" and not confidence:
-            return self.expectation(scores, padded_height, padded_width)[:, top:, :width]
-        disparity, probability = self.mode(scores, padded_height, padded_width)
-        if self.config.regression == "expectation":
-            disparity = self.expectation(scores, padded_height, padded_width)
-        disparity = disparity[:, top:, :width]
-        return (disparity, probability[:, top:, :width]) if confidence else disparity
+            padded_left, padded_right, top = self._pad(left, right)
+            logits = score(*self.extract_features(padded_left, padded_right))
+            size = padded_left.shape[-2:]
+            return StereoOutput(tuple(self.expectation(x, *size)[:, top:, :width] for x in logits), tuple(logits))
+        if height * width < self.config.enlarge_below_px:
+            predict = partial(self._predict, score, confidence=True)
+            disparity, *others = predict_at_two_sizes(predict, left, right, self.config.max_disparity)
+        else:
+            disparity, *others = self._predict(score, left, right, confidence=confidence)
+        return (disparity, others[0]) if confidence else disparity
+
+    def _predict(self, score: Score, left: Tensor, right: Tensor, *, confidence: bool) -> tuple[Tensor, ...]:
+        """Return disparity by ``config.regression`` and confidence, if asked for, at the size of these pictures."""
+        width = left.shape[-1]
+        left, right, top = self._pad(left, right)
+        size = left.shape[-2:]
+        scores = score(*self.extract_features(left, right))[-1]
+        modal = self.config.regression == "modal"
+        disparity, *others = self.mode(scores, *size) if modal or confidence else (scores,)
+        if not modal:
+            disparity = self.expectation(scores, *size)
+        return tuple(x[:, top:, :width] for x in (disparity, *others))
+
+    def _pad(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return both pictures with sides that are multiples of 16, and how many rows came on top."""
+        top, right_margin = (-side % SIZE_MULTIPLE for side in left.shape[-2:])
+        if top or right_margin:
+            mode = "constant" if self.config.padding == "zeros" else "replicate"
+            left, right = (F.pad(image, (0, right_margin, top, 0), mode=mode) for image in (left, right))
+        return left, right, top
 
     def expectation(self, scores: Tensor, height: int, width: int) -> Tensor:
         """Return disparity [B, H, W] of scores [B, D/4, H/4, W/4] by ``regress_disparity``."""
@@ -159,16 +177,22 @@ class PSMNet(nn.Module):
             raise InputError(f"max_disparity must be a whole number of pixels, got {max_disparity!r}")
         self.config = dataclasses.replace(self.config, max_disparity=operator.index(max_disparity))
 
-    def set_regression(self, regression: str) -> None:
+    def set_prediction(
+        self, *, regression: str | None = None, padding: str | None = None, enlarge_below_px: int | None = None
+    ) -> None:
         """Predict disparity in another way: no parameter depends on it.
 
         Args:
-            regression: ``expectation`` or ``modal``; see ``ModelConfig``.
+            regression: ``expectation`` or ``modal``, see ``ModelConfig``; None leaves it as it is.
+            padding: ``zeros`` or ``replicate``, likewise.
+            enlarge_below_px: Pictures of fewer pixels are predicted at two sizes, likewise; 0 never.
 
         Raises:
-            InputError: It is neither.
+            InputError: A value is refused.
         """
-        self.config = dataclasses.replace(self.config, regression=regression)
+        given = {"regression": regression, "padding": padding, "enlarge_below_px": enlarge_below_px}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        self.config = dataclasses.replace(self.config, **changes)
 
     def extract_features(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Return matching features [B, c, H/4, W/4] of both views [B, 3, H, W], whose sizes are multiples of 16."""

@@ -127,12 +127,12 @@ def test_regression_and_confidence_are_a_matter_of_prediction(size: tuple[int, i
     with torch.no_grad():
         expectation, confidence = model(left, right, confidence=True)
         assert torch.equal(model(left, right), expectation)
-        model.set_regression("modal")
+        model.set_prediction(regression="modal")
         modal, same = model(left, right, confidence=True)
         model.plain = True
         plain = model(left, right, confidence=True)
         training = model.train()(left, right)
-        model.set_regression("expectation")
+        model.set_prediction(regression="expectation")
         again = model(left, right)
     assert modal.shape == confidence.shape == (2, *size)
     assert torch.equal(confidence, same)
@@ -141,7 +141,7 @@ def test_regression_and_confidence_are_a_matter_of_prediction(size: tuple[int, i
     torch.testing.assert_close(plain, (modal, confidence), atol=1e-9, rtol=0)
     assert all(map(torch.equal, training.disparities, again.disparities))
     with pytest.raises(InputError, match="regression must be one of expectation, modal, got 'mode'"):
-        model.set_regression("mode")
+        model.set_prediction(regression="mode")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
