@@ -109,6 +109,8 @@ def test_fine_tuning_goes_on_from_bundled_weights() -> None:
     assert config.trainer.init_from == "small"
     bundled = load_model(find_weights("small")).config
     assert config.model == bundled
+    of_full_width = make("experiment=finetune", "data.train.root=/mine", "trainer.init_from=full", "model=full").model
+    assert of_full_width == load_model(find_weights("full")).config
     assert config.data.train.kind == "pairs"
     assert config.trainer.freeze_batch_norm
     assert not make("experiment=finetune", "trainer.freeze_batch_norm=false").trainer.freeze_batch_norm

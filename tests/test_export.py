@@ -67,8 +67,17 @@ def test_how_the_weights_predict_is_chosen_at_export(run: Path, tmp_path: Path) 
     for chosen, regression in ((None, "expectation"), ("modal", "modal")):
         export_weights(run, tmp_path / "w.safetensors", regression=chosen)
         assert load_model(tmp_path / "w.safetensors").config.regression == regression
-    assert main(["export-weights", str(run), "-o", str(tmp_path / "v.safetensors"), "--regression", "modal"]) == 0
-    assert load_model(tmp_path / "v.safetensors").config.regression == "modal"
+    options = ["--regression", "modal", "--padding", "replicate", "--enlarge-below", "300000"]
+    assert main(["export-weights", str(run), "-o", str(tmp_path / "v.safetensors"), *options]) == 0
+    chosen = load_model(tmp_path / "v.safetensors").config
+    assert (chosen.regression, chosen.padding, chosen.enlarge_below_px) == ("modal", "replicate", 300_000)
+    record = export_weights(tmp_path / "v.safetensors", tmp_path / "u.safetensors", enlarge_below_px=0)
+    assert (record["regression"], record["padding"], record["enlarge_below_px"]) == ("modal", "replicate", 0)
+    again = load_model(tmp_path / "u.safetensors").config
+    assert (again.regression, again.padding, again.enlarge_below_px) == ("modal", "replicate", 0)
+    # however they predict, they are the same network, and can be averaged
+    export_weights(run, tmp_path / "t.safetensors", average_with=[tmp_path / "v.safetensors"])
+    assert load_model(tmp_path / "t.safetensors").config.padding == "zeros"
 
 
 def test_the_mean_with_other_weights(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,6 +196,25 @@ def test_scale(model: PSMNet, scale: float) -> None:
     assert disparity.dtype == np.float32
 
 
+def test_a_scale_is_the_only_one() -> None:
+    """What belongs to the weights is two sizes for small pictures; asked for one, it is that one."""
+    pair = random_pair(48, 96)
+    found = {}
+    for name, limit, scale in (
+        ("alone", 0, None),
+        ("both", 10_000, None),
+        ("asked", 10_000, 1.0),
+        ("half", 10_000, 0.5),
+    ):
+        network = calibrated()
+        network.set_prediction(enlarge_below_px=limit)
+        found[name] = DisparityPredictor(network, device="cpu", precision="fp32", scale=scale)(*pair).disparity
+    half = DisparityPredictor(calibrated(), device="cpu", precision="fp32", scale=0.5)(*pair).disparity
+    np.testing.assert_array_equal(found["asked"], found["alone"])
+    np.testing.assert_array_equal(found["half"], half)
+    assert np.abs(found["both"] - found["alone"]).max() > 0.1
+
+
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"band_height": 16}, {"cuda_graph": True}])
 def test_confidence_beside_disparity(model: PSMNet, options: dict) -> None:
     left, right = random_pair(48, 96)

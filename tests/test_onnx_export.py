@@ -35,6 +35,7 @@ def test_the_volume_by_indices(width: int, disparities: int) -> None:
         ("non_local", "basic", True, "expectation", (32, 64), 2),
         ("axial", "basic", False, "expectation", (48, 32), 1),
         ("none", "basic", False, "modal", (16, 16), 1),
+        ("factorized", "basic", False, "modal", (20, 24), 1),  # at two sizes
     ],
 )
 def test_onnx_runtime_computes_the_same(
@@ -44,6 +45,7 @@ def test_onnx_runtime_computes_the_same(
     config = ModelConfig(
         base_channels=4, max_disparity=32, align_corners=align_corners, aggregation=aggregation, regression=regression,
         attention=AttentionConfig(kind=kind, key_channels=8, heads=2 if kind == "factorized" else 1),
+        padding="replicate", enlarge_below_px=500,
     )  # fmt: skip
     model = build_model(config).eval()
     with torch.no_grad():  # neither the identity nor all disparities alike

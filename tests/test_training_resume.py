@@ -628,17 +628,18 @@ def test_the_micro_batch_may_change(pairs: Path, tmp_path: Path) -> None:
     assert Trainer(tiny_config(pairs, tmp_path, trainer__epochs=4, trainer__micro_batch_size=2)).run().step == 6
 
 
-def test_the_regression_may_change(pairs: Path, tmp_path: Path) -> None:
+def test_how_it_predicts_may_change(pairs: Path, tmp_path: Path) -> None:
     """It is a matter of validation and prediction alone."""
     validation = {"data__validation": {"kind": "pairs", "root": str(pairs)}, "trainer__validate_every_steps": 3}
     first = Trainer(tiny_config(pairs, tmp_path, trainer__epochs=2, **validation)).run()
     assert first.best["step"] == 3
-    changed = {"model__regression": "modal", "trainer__epochs": 4}
+    changed = {"model__regression": "modal", "model__padding": "replicate", "trainer__epochs": 4}
     trainer = Trainer(tiny_config(pairs, tmp_path, **changed, **validation))
     assert trainer.best == {}  # an error of the other kind
     result = trainer.run()
     assert (result.step, result.best["step"]) == (6, 6)
-    assert load_model(tmp_path / "weights.safetensors").config.regression == "modal"
+    config = load_model(tmp_path / "weights.safetensors").config
+    assert (config.regression, config.padding) == ("modal", "replicate")
 
 
 @pytest.mark.parametrize(

@@ -141,10 +141,10 @@ class PSMNet(nn.Module):
         size = left.shape[-2:]
         scores = score(*self.extract_features(left, right))[-1]
         modal = self.config.regression == "modal"
-        disparity, *others = self.mode(scores, *size) if modal or confidence else (scores,)
+        found = self.mode(scores, *size) if modal or confidence else ()
         if not modal:
-            disparity = self.expectation(scores, *size)
-        return tuple(x[:, top:, :width] for x in (disparity, *others))
+            found = (self.expectation(scores, *size), *found[1:])
+        return tuple(x[:, top:, :width] for x in found)
 
     def _pad(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return both pictures with sides that are multiples of 16, and how many rows came on top."""

@@ -138,6 +138,40 @@ def test_another_regression(scene_flow: Path, tmp_path: Path, capsys: pytest.Cap
     assert "regression must be one of None, expectation, modal, got 'mode'" in capsys.readouterr().err
 
 
+def test_other_padding_and_sizes(scene_flow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = calibrated()
+    model.set_prediction(padding="replicate", enlarge_below_px=2000)
+    weights = tmp_path / "small.safetensors"
+    save_weights(model, weights)
+    common = [f"checkpoint={weights}", *data_of(scene_flow), "workers=0", "device=cpu", "max_images=1"]
+    cropped = "+protocol.crop=[30,40]"  # no multiple of 16
+    said = {
+        "own": (["protocol=default"], "replicate", 2000),
+        "psmnet": (["protocol=psmnet"], "zeros", 2000),
+        "zeros": (["protocol=default", "padding=zeros"], "zeros", 2000),
+        "one_size": (["protocol=default", "enlarge_below_px=0"], "replicate", 0),
+        "forced": (["protocol=psmnet", "padding=replicate"], "replicate", 2000),
+    }
+    errors = {}
+    for name, (options, padding, limit) in said.items():
+        options = [*options, cropped.removeprefix("+")]
+        assert main(["evaluate", *common, *options, f"output_dir={tmp_path / name}"]) == 0
+        stored = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert (stored["source"]["padding"], stored["source"]["enlarge_below_px"]) == (padding, limit)
+        errors[name] = stored["averages"]["all"]["image"]["end_point_error"]
+        out = capsys.readouterr().out
+        assert ("padded with the border" in out) == (padding == "replicate")
+        assert ("pictures below 0.002 megapixels at two sizes" in out) == (limit > 0)
+        assert ("departs from it: padding is replicate, not top_right_zeros" in out) == (name == "forced")
+    assert errors["psmnet"] == errors["zeros"]
+    assert errors["forced"] == errors["own"]
+    assert len({errors["own"], errors["zeros"], errors["one_size"]}) == 3
+    assert (
+        main(["evaluate", *data_of(scene_flow), "method=sgbm", "padding=zeros", f"output_dir={tmp_path / 'no'}"]) == 2
+    )
+    assert "method=sgbm is no network, which padding=zeros is for: leave it out" in capsys.readouterr().err
+
+
 def test_another_range_and_bands_of_rows(
     scene_flow: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,7 +246,7 @@ def test_sgbm_pictures_and_comparison(repository: Path, scene_flow: Path, tmp_pa
         (["method=sgbm", "checkpoint=x"], "method=sgbm has no weights"),
         (["method=sgbm", "confidence=true"], "method=sgbm has no confidence"),
         (["method=sgbm", "tile=16"], "method=sgbm computes whole pictures"),
-        (["method=sgbm", "regression=modal"], "method=sgbm has a regression of its own"),
+        (["method=sgbm", "regression=modal"], "method=sgbm is no network, which regression=modal is for: leave it out"),
         (["method=sgbm", "precision=bf16"], "method=sgbm computes in integers: leave out precision=bf16"),
         (["tile=20"], "tile must be a positive multiple of 16, got 20"),
         (["max_disparity=0"], "max_disparity must be a positive multiple of 16, got 0"),
@@ -299,7 +333,12 @@ def test_the_protocol_chooses_the_pass_unless_it_is_said(tmp_path: Path, name: s
 def config_of(**changes: object) -> EvaluateConfig:
     values: dict[str, object] = {
         "protocol": ProtocolConfig(
-            name="psmnet", expected_images=4370, min_disparity=None, averaging="batch", empty="zero"
+            name="psmnet",
+            expected_images=4370,
+            padding="top_right_zeros",
+            min_disparity=None,
+            averaging="batch",
+            empty="zero",
         ),
         "dataset": DatasetConfig("scene_flow", "/data", "test"),
     }

@@ -149,7 +149,10 @@ def test_peoples_own_experiments(pairs: Path, tmp_path: Path, capsys: pytest.Cap
         (["trainer.epochs=[1"], "'trainer.epochs=[1' cannot be read"),
         (["experiment"], "'experiment' is not of the form key=value"),
         (["experiment=qick"], "experiment=qick: there is no such option; experiment can be "),
-        (["model=psmnett"], "model=psmnett: there is no such option; model can be fa_psmnet, nonlocal, psmnet, small"),
+        (
+            ["model=psmnett"],
+            "model=psmnett: there is no such option; model can be fa_psmnet, full, nonlocal, psmnet, small",
+        ),
         (["optimizer=adan"], "optimizer=adan: there is no such option"),
         (["data.validation=null", "data.validation.kind=pairs"], "is null"),
         (["--config-dir", "/no/such/folder"], "/no/such/folder"),

@@ -56,15 +56,16 @@ def test_outputs(aggregation: str) -> None:
     assert 0 <= disparity.min() <= disparity.max() <= 31
 
 
+@pytest.mark.parametrize(("padding", "mode"), [("zeros", "constant"), ("replicate", "replicate")])
 @pytest.mark.parametrize("size", [(16, 16), (17, 31), (50, 37), (33, 129)])
-def test_any_size_equals_psmnets_padding(size: tuple[int, int]) -> None:
-    model = build_model(tiny()).eval()
+def test_any_size_equals_psmnets_padding(size: tuple[int, int], padding: str, mode: str) -> None:
+    model = build_model(tiny(padding=padding)).eval()
     height, width = size
     left, right = torch.randn(2, 1, 3, height, width)
     with torch.inference_mode():
         disparity = model(left, right)
         top, margin = -height % 16, -width % 16
-        padded = [nn.functional.pad(view, (0, margin, top, 0)) for view in (left, right)]
+        padded = [nn.functional.pad(view, (0, margin, top, 0), mode=mode) for view in (left, right)]
         expected = model(*padded)[:, top:, :width]
     assert disparity.shape == (1, height, width)
     assert torch.equal(disparity, expected)
@@ -89,6 +90,7 @@ def test_unusable_inputs() -> None:
         ({"max_disparity": 96}, (32, 64)),
         ({"max_disparity": 16, "align_corners": True}, (40, 33)),
         ({"align_corners": True}, (32, 64)),
+        ({"padding": "replicate"}, (37, 51)),
         ({"aggregation": "basic"}, (32, 64)),
         ({"attention_slots": list(ATTENTION_SLOTS)}, (32, 64)),
     ],
