@@ -231,7 +231,7 @@ class DisparityPredictor:
         height, width = views[0].shape[:2]
         precision = self.precision
         try:
-            if self.scale is not None and self.scale != 1:
+            if self.scale not in (None, 1):
                 views = _resize_pair(*views, self.scale)
             pair = torch.from_numpy(np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2)))  # [2, 3, H, W]
             disparity, confidence = self._predict(pair, precision)
@@ -248,7 +248,7 @@ class DisparityPredictor:
                 f"--memory on the command line), or use a smaller scale or maximum disparity "
                 f"({str(error) or type(error).__name__})"
             ) from error
-        if self.scale is not None and self.scale != 1:
+        if self.scale not in (None, 1):
             # Disparity in pixels of the smaller picture, each of which is width / disparity width pixels wide.
             stretched = cv2.resize(disparity, (width, height), interpolation=cv2.INTER_LINEAR)
             disparity = stretched * np.float32(width / disparity.shape[1])

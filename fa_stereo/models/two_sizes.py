@@ -27,6 +27,8 @@ ADVANTAGE = 1.1
 """How much the larger picture's confidence counts beside the other, as it has more detail."""
 
 POWER = 32
+"""How steeply the weight turns from one prediction to the other: confidences 5 % apart count 5 to 1."""
+
 MARGIN_PX = 12
 """So near to the end of its range the larger picture is not asked, in its pixels: the span of a confidence."""
 
@@ -77,6 +79,9 @@ def merge_by_confidence(own: tuple[Tensor, ...], larger: tuple[Tensor, ...], rea
         own: Disparity and confidence in the picture's own size, [B, H, W] each.
         larger: Those of the larger picture, brought to that size and its pixels.
         reach_px: Up to which disparity the larger picture sees, in pixels of the other.
+
+    Returns:
+        Disparity in pixels of the picture's own size, and confidence, [B, H, W] each.
     """
     ratio = _window_mean(own[1]) / (ADVANTAGE * _window_mean(larger[1]))
     weight = (own[0] <= reach_px) / (1 + ratio**POWER)
