@@ -32,7 +32,7 @@ ATTENTION_COMPUTATIONS = ("materialized", "chunked", "fused")
 AGGREGATIONS = ("stacked_hourglass", "basic")
 REGRESSIONS = ("expectation", "modal")
 NETWORK_PADDINGS = ("zeros", "replicate")
-PREDICTION_SETTINGS = ("regression", "padding", "enlarge_below_px")
+PREDICTION_SETTINGS = ("regression", "padding", "halve_from_px", "enlarge_below_px")
 """Keys of ``ModelConfig`` that say how weights predict, and not what they are: no training depends on them."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 INFERENCE_PRECISIONS = (*PRECISIONS, "mixed")
@@ -143,6 +143,9 @@ class ModelConfig:
             edge. Training is by the expectation either way.
         padding: What pictures whose sides are no multiples of 16 px are padded with, at the top and the right:
             ``zeros`` (the mean colour of ImageNet) as in PSMNet's evaluation, or ``replicate``, their border repeated.
+        halve_from_px: In prediction, pictures of at least so many pixels are scored at half their size too, and their
+            halves likewise; those scores count where the larger one's are less sure (see ``fa_stereo.models.halving``),
+            for a sixth more time. 0 never does.
         enlarge_below_px: In prediction, pictures of fewer pixels than this are predicted at one and a half times their
             size too, and both are merged (see ``fa_stereo.models.two_sizes``), in three times the time; 0 never does.
         attention: The attention block put into every slot named in ``attention_slots``.
@@ -156,6 +159,7 @@ class ModelConfig:
     align_corners: bool = False
     regression: str = "expectation"
     padding: str = "zeros"
+    halve_from_px: int = 0
     enlarge_below_px: int = 0
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     attention_slots: list[str] = field(default_factory=lambda: ["res4"])
@@ -173,6 +177,7 @@ class ModelConfig:
             )
         _check_choice("model.regression", self.regression, REGRESSIONS)
         _check_choice("model.padding", self.padding, NETWORK_PADDINGS)
+        _check_positive("model.halve_from_px", self.halve_from_px, zero=True)
         _check_positive("model.enlarge_below_px", self.enlarge_below_px, zero=True)
         self.attention_slots = list(self.attention_slots)
         for slot in self.attention_slots:
@@ -758,6 +763,8 @@ class EvaluateConfig:
             thresholds on, and the area under the sparsification curve; printed, and in ``metrics.json``.
         regression: ``expectation`` or ``modal`` (see ``ModelConfig``); None takes what belongs to the weights.
         padding: ``zeros`` or ``replicate`` likewise; None takes what the protocol asks for, or belongs to the weights.
+        halve_from_px: Pictures of at least so many pixels count at half their size too (see ``ModelConfig``; 0 never);
+            None takes what belongs to the weights.
         enlarge_below_px: Pictures of fewer pixels are predicted at two sizes (see ``ModelConfig``; 0 never); None takes
             what belongs to the weights.
         max_disparity: Search range in pixels (exclusive), a multiple of 16; None is that of the weights, of SGBM 192.
@@ -780,6 +787,7 @@ class EvaluateConfig:
     confidence: bool = False
     regression: str | None = None
     padding: str | None = None
+    halve_from_px: int | None = None
     enlarge_below_px: int | None = None
     max_disparity: int | None = None
     tile: int | None = None
@@ -791,6 +799,7 @@ class EvaluateConfig:
         _check_choice("method", self.method, ("network", "sgbm"))
         _check_choice("regression", self.regression, (None, *REGRESSIONS))
         _check_choice("padding", self.padding, (None, *NETWORK_PADDINGS))
+        _check_positive("halve_from_px", self.halve_from_px, zero=True, none=True)
         _check_positive("enlarge_below_px", self.enlarge_below_px, zero=True, none=True)
         _check_choice("precision", self.precision, ("auto", *INFERENCE_PRECISIONS))
         for name in ("max_disparity", "tile"):

@@ -118,6 +118,7 @@ def export_weights(
     dtype: torch.dtype = torch.float16,
     regression: str | None = None,
     padding: str | None = None,
+    halve_from_px: int | None = None,
     enlarge_below_px: int | None = None,
     average_with: Sequence[str | Path] = (),
     batch_norm_pairs: int = 0,
@@ -138,6 +139,7 @@ def export_weights(
             record's validation figures stay those of the run; of a mean, or with other statistics of batch norm, it
             has none but the run's curve.
         padding: Likewise, ``zeros`` or ``replicate``; see ``ModelConfig``.
+        halve_from_px: Likewise, the number of pixels from which pictures count at half their size too.
         enlarge_below_px: Likewise, the number of pixels below which pictures are predicted at two sizes.
         average_with: Other weights of the same network, each a bundled name, a file or a run's folder, those that the
             run started from for example, or those of other runs from the same start: the mean of all is written
@@ -202,8 +204,13 @@ def export_weights(
         record["batch_norm_pairs"] = reestimate_batch_norm(
             model, ((left.to(device), right.to(device)) for left, right in batches)
         )
-    settings = {"regression": regression, "padding": padding, "enlarge_below_px": enlarge_below_px}
-    model.set_prediction(**settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "regression": regression,
+        "padding": padding,
+        "halve_from_px": halve_from_px,
+        "enlarge_below_px": enlarge_below_px,
+    }
+    model.set_prediction(**settings)
     record |= {key: value for key, value in settings.items() if value is not None}
     record |= notes or {}
     try:

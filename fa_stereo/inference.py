@@ -124,7 +124,8 @@ class DisparityPredictor:
         model: The network, in eval mode, on ``device``. What runs is a faster copy of it as it was at first: see
             ``fa_stereo.models.optimized``.
         scale: Pictures are resized by this factor first, and disparity is brought back to their size; None is their
-            own size, and for small ones a larger one too, where that belongs to the weights.
+            own size, and for small ones a larger one too, where that belongs to the weights. (That large ones count at
+            half the size too, where that does, is the same for any scale.)
         band_height: Rows computed at a time in pixels; None for all.
         memory_gb: Choose the band height for each pair so that it takes about this much memory at most; None for any.
     """
@@ -155,7 +156,8 @@ class DisparityPredictor:
             band_height: Rows computed at a time, a multiple of 16, for large pictures; see ``fa_stereo.tiling``.
             memory_gb: Instead, the memory that a pair may take, in GB, besides the process itself.
             confidence: Predict confidence too.
-            compile: Compile the network for every size of picture (up to eight): a minute each, no gain on the CPU.
+            compile: Compile the network for every size of picture, those it is predicted at besides included (up to
+                eight): a minute each, no gain on the CPU.
             cuda_graph: From the second pair of a size in a row on, launch all of the network's kernels at once. For a
                 GPU, without effect elsewhere; for whole pictures, not bands. Keeps the memory of two sizes, which
                 ``memory_gb`` does not count.

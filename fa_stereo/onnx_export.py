@@ -49,9 +49,9 @@ class OnnxNetwork(nn.Module):
         disparity: Tensor = self.network(normalize_images(left), normalize_images(right), score=self._score)
         return disparity
 
-    def _score(self, left: Tensor, right: Tensor) -> list[Tensor]:
+    def _score(self, left: Tensor, right: Tensor, disparities: int) -> list[Tensor]:
         aggregation = self.network.aggregation
-        volume = gather_cost_volume(left, right, self.network.config.max_disparity // 4)
+        volume = gather_cost_volume(left, right, disparities)
         hidden = F.relu(aggregation.entry.conv1(volume))
         scores: list[Tensor] = aggregation(F.relu(aggregation.entry.conv2(hidden)), plain=True)
         return scores

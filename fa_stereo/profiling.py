@@ -173,6 +173,8 @@ def _build_model(task: Task) -> PSMNet:
         model = load_model(Path(task.weights))  # a file, whatever it is called
     if task.max_disparity is not None:
         model.set_max_disparity(task.max_disparity)
+    if task.part != "pairs":  # which are predicted as they always are
+        model.set_prediction(halve_from_px=0, enlarge_below_px=0)
     return model.eval()
 
 

@@ -67,7 +67,7 @@ def predict_in_bands(
 
 
 def _score_in_bands(
-    model: PSMNet, left_features: Tensor, right_features: Tensor, *, rows: int, overlap: int
+    model: PSMNet, left_features: Tensor, right_features: Tensor, disparities: int, *, rows: int, overlap: int
 ) -> list[Tensor]:
     """Return scores [B, D/4, H/4, W/4] from features [B, c, H/4, W/4], a band of ``rows`` rows of them at a time."""
     height = left_features.shape[2]
@@ -78,7 +78,8 @@ def _score_in_bands(
             return_freed_memory()  # bands differ in height: what the last one left fits the next one badly
         stop = min(start + rows, height)
         first, last = max(start - overlap, 0), min(stop + overlap, height)
-        band = model.score(left_features[:, :, first:last], right_features[:, :, first:last])[-1]  # [B, D/4, band, W/4]
+        left_band, right_band = (features[:, :, first:last] for features in (left_features, right_features))
+        band = model.score(left_band, right_band, disparities)[-1]  # [B, D/4, band, W/4]
         if start == 0:
             scores = band.new_zeros(*band.shape[:2], height, band.shape[3])
         y = torch.arange(first, last, device=band.device, dtype=band.dtype) + 0.5

@@ -67,14 +67,16 @@ def test_how_the_weights_predict_is_chosen_at_export(run: Path, tmp_path: Path) 
     for chosen, regression in ((None, "expectation"), ("modal", "modal")):
         export_weights(run, tmp_path / "w.safetensors", regression=chosen)
         assert load_model(tmp_path / "w.safetensors").config.regression == regression
-    options = ["--regression", "modal", "--padding", "replicate", "--enlarge-below", "300000"]
+    options = ["--regression", "modal", "--padding", "replicate", "--halve-from", "90000", "--enlarge-below", "300000"]
     assert main(["export-weights", str(run), "-o", str(tmp_path / "v.safetensors"), *options]) == 0
     chosen = load_model(tmp_path / "v.safetensors").config
     assert (chosen.regression, chosen.padding, chosen.enlarge_below_px) == ("modal", "replicate", 300_000)
+    assert chosen.halve_from_px == 90_000
     record = export_weights(tmp_path / "v.safetensors", tmp_path / "u.safetensors", enlarge_below_px=0)
     assert (record["regression"], record["padding"], record["enlarge_below_px"]) == ("modal", "replicate", 0)
     again = load_model(tmp_path / "u.safetensors").config
     assert (again.regression, again.padding, again.enlarge_below_px) == ("modal", "replicate", 0)
+    assert again.halve_from_px == 90_000
     # however they predict, they are the same network, and can be averaged
     export_weights(run, tmp_path / "t.safetensors", average_with=[tmp_path / "v.safetensors"])
     assert load_model(tmp_path / "t.safetensors").config.padding == "zeros"

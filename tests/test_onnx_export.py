@@ -45,7 +45,7 @@ def test_onnx_runtime_computes_the_same(
     config = ModelConfig(
         base_channels=4, max_disparity=32, align_corners=align_corners, aggregation=aggregation, regression=regression,
         attention=AttentionConfig(kind=kind, key_channels=8, heads=2 if kind == "factorized" else 1),
-        padding="replicate", enlarge_below_px=500,
+        padding="replicate", halve_from_px=2000, enlarge_below_px=500,
     )  # fmt: skip
     model = build_model(config).eval()
     with torch.no_grad():  # neither the identity nor all disparities alike

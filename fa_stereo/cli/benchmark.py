@@ -36,6 +36,7 @@ the processes take turns; medians are reported.
              relative to its largest value; of the network it says something only with trained weights (--weights,
              --checkpoint); --plain-precisions fp64,fp32 gives that from float64, the plain path's own too
 
+All parts are of one size, as PSMNet's are; only --pairs are predicted at every size that belongs to the weights.
 Low precision is autocast in the plain path, and in the fast path weights of that type (in training autocast too);
 mixed is bf16 after features in fp32. A training step in fp16 is measured on a GPU alone.
 --pairs measures inference on pictures of your own too, whatever their sizes: above all how far low precision moves

@@ -101,7 +101,10 @@ def _predictor(config: EvaluateConfig) -> tuple[Predict, dict[str, Any]]:
     model = load_model(checkpoint, device)
     padding = "zeros" if config.protocol.padding == "top_right_zeros" else None
     model.set_prediction(
-        regression=config.regression, padding=config.padding or padding, enlarge_below_px=config.enlarge_below_px
+        regression=config.regression,
+        padding=config.padding or padding,
+        halve_from_px=config.halve_from_px,
+        enlarge_below_px=config.enlarge_below_px,
     )
     if config.max_disparity is not None:
         model.set_max_disparity(config.max_disparity)
@@ -152,6 +155,8 @@ def _subject(config: EvaluateConfig, description: dict[str, Any]) -> str:
         how.append(f"{description['regression']} regression")
     if description["padding"] != "zeros" and config.protocol.padding in ("by_network", "top_right_zeros"):
         how.append("padded with the border")
+    if limit := description["halve_from_px"]:
+        how.append(f"from {limit / 1e6:g} megapixels at half the size too")
     if limit := description["enlarge_below_px"]:
         how.append(f"pictures below {limit / 1e6:g} megapixels at two sizes")
     if config.tile is not None:

@@ -45,6 +45,10 @@ def main(argv: list[str]) -> int:
         help="what pictures whose sides are no multiples of 16 px are padded with, likewise",
     )  # fmt: skip
     parser.add_argument(
+        "--halve-from", type=int, metavar="PIXELS",
+        help="pictures of so many pixels or more are to count at half their size too (0: none), likewise",
+    )  # fmt: skip
+    parser.add_argument(
         "--enlarge-below", type=int, metavar="PIXELS",
         help="pictures of fewer pixels are to be predicted at one and a half times their size too (0: none), likewise",
     )  # fmt: skip
@@ -91,6 +95,7 @@ def main(argv: list[str]) -> int:
         dtype=torch.float16 if arguments.precision == "fp16" else torch.float32,
         regression=arguments.regression,
         padding=arguments.padding,
+        halve_from_px=arguments.halve_from,
         enlarge_below_px=arguments.enlarge_below,
         average_with=arguments.average_with,
         batch_norm_pairs=arguments.reestimate_batch_norm,

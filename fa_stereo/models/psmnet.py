@@ -19,6 +19,7 @@ from fa_stereo.config import ModelConfig
 from fa_stereo.errors import InputError
 from fa_stereo.models.aggregation import BasicAggregation, StackedHourglass
 from fa_stereo.models.features import FeatureExtractor
+from fa_stereo.models.halving import score_with_halvings
 from fa_stereo.models.layers import ConvNorm2d, ConvNorm3d, DeconvNorm3d
 from fa_stereo.models.recomputation import Run, call, recompute
 from fa_stereo.models.regression import (
@@ -32,8 +33,8 @@ from fa_stereo.models.two_sizes import predict_at_two_sizes
 SIZE_MULTIPLE = 16
 """Heights and widths the network works on: quarter resolution, then two halvings."""
 
-Score = Callable[[Tensor, Tensor], list[Tensor]]
-"""From the features of both views, [B, c, H/4, W/4] each, to scores [B, D/4, H/4, W/4]."""
+Score = Callable[[Tensor, Tensor, int], list[Tensor]]
+"""From the features of both views, [B, c, H/4, W/4] each, and D/4 to scores [B, D/4, H/4, W/4]."""
 
 
 class StereoOutput(NamedTuple):
@@ -109,7 +110,8 @@ class PSMNet(nn.Module):
         Returns:
             In eval mode disparity in pixels, float32 [B, H, W], by ``config.regression``, and with ``confidence`` that
             of ``regress_modal_disparity``, likewise; pictures of less than ``config.enlarge_below_px`` are predicted at
-            two sizes. In training mode a ``StereoOutput``.
+            two sizes, and of those from ``config.halve_from_px`` on half the size counts too. In training mode a
+            ``StereoOutput``.
 
         Raises:
             InputError: The views differ in size, or are smaller than 16x16.
@@ -124,22 +126,33 @@ class PSMNet(nn.Module):
         score = score or self.score
         if self.training:
             padded_left, padded_right, top = self._pad(left, right)
-            logits = score(*self.extract_features(padded_left, padded_right))
+            logits = score(*self.extract_features(padded_left, padded_right), self.config.max_disparity // 4)
             size = padded_left.shape[-2:]
             return StereoOutput(tuple(self.expectation(x, *size)[:, top:, :width] for x in logits), tuple(logits))
+        # Small pictures do not become large by being enlarged.
+        halve_from_px = self.config.halve_from_px if height * width >= self.config.halve_from_px else 0
         if height * width < self.config.enlarge_below_px:
-            predict = partial(self._predict, score, confidence=True)
+            predict = partial(self._predict, score, halve_from_px, confidence=True)
             disparity, *others = predict_at_two_sizes(predict, left, right, self.config.max_disparity)
         else:
-            disparity, *others = self._predict(score, left, right, confidence=confidence)
+            disparity, *others = self._predict(score, halve_from_px, left, right, confidence=confidence)
         return (disparity, others[0]) if confidence else disparity
 
-    def _predict(self, score: Score, left: Tensor, right: Tensor, *, confidence: bool) -> tuple[Tensor, ...]:
+    def _predict(
+        self, score: Score, halve_from_px: int, left: Tensor, right: Tensor, *, confidence: bool
+    ) -> tuple[Tensor, ...]:
         """Return disparity by ``config.regression`` and confidence, if asked for, at the size of these pictures."""
         width = left.shape[-1]
+
+        def score_pair(left: Tensor, right: Tensor, max_disparity: int) -> Tensor:
+            return score(*self.extract_features(left, right), max_disparity // 4)[-1]
+
         left, right, top = self._pad(left, right)
+        scores = score_with_halvings(
+            score_pair, self._pad, left, right, self.config.max_disparity, halve_from_px,
+            align_corners=self.config.align_corners,
+        )  # fmt: skip
         size = left.shape[-2:]
-        scores = score(*self.extract_features(left, right))[-1]
         modal = self.config.regression == "modal"
         found = self.mode(scores, *size) if modal or confidence else ()
         if not modal:
@@ -178,20 +191,31 @@ class PSMNet(nn.Module):
         self.config = dataclasses.replace(self.config, max_disparity=operator.index(max_disparity))
 
     def set_prediction(
-        self, *, regression: str | None = None, padding: str | None = None, enlarge_below_px: int | None = None
+        self,
+        *,
+        regression: str | None = None,
+        padding: str | None = None,
+        halve_from_px: int | None = None,
+        enlarge_below_px: int | None = None,
     ) -> None:
         """Predict disparity in another way: no parameter depends on it.
 
         Args:
             regression: ``expectation`` or ``modal``, see ``ModelConfig``; None leaves it as it is.
             padding: ``zeros`` or ``replicate``, likewise.
+            halve_from_px: Of pictures of at least so many pixels, half the size counts too, likewise; 0 never.
             enlarge_below_px: Pictures of fewer pixels are predicted at two sizes, likewise; 0 never.
 
         Raises:
             InputError: A value is refused.
         """
-        given = {"regression": regression, "padding": padding, "enlarge_below_px": enlarge_below_px}
-        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        given: dict[str, Any] = {
+            "regression": regression,
+            "padding": padding,
+            "halve_from_px": halve_from_px,
+            "enlarge_below_px": enlarge_below_px,
+        }
+        changes = {key: value for key, value in given.items() if value is not None}
         self.config = dataclasses.replace(self.config, **changes)
 
     def extract_features(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,12 +233,19 @@ class PSMNet(nn.Module):
         left_features, right_features = both.chunk(2)
         return left_features, right_features
 
-    def score(self, left_features: Tensor, right_features: Tensor) -> list[Tensor]:
-        """Return scores [B, D/4, H/4, W/4], one for each supervised output in training mode, else the last alone."""
+    def score(self, left_features: Tensor, right_features: Tensor, disparities: int | None = None) -> list[Tensor]:
+        """Return scores [B, D/4, H/4, W/4], one for each supervised output in training mode, else the last alone.
+
+        Args:
+            left_features: [B, c, H/4, W/4].
+            right_features: Likewise.
+            disparities: D/4, how many to score, at quarter resolution; None is what ``config.max_disparity`` asks for.
+        """
         run = self._run()
         if self.volume_dtype is not None:
             left_features, right_features = (view.to(self.volume_dtype) for view in (left_features, right_features))
-        disparities = self.config.max_disparity // 4
+        if disparities is None:
+            disparities = self.config.max_disparity // 4
         volume = run(self.aggregation.entry, left_features, right_features, disparities, plain=self.plain)
         scores: list[Tensor] = self.aggregation(volume, plain=self.plain, run=run)
         return scores

@@ -140,7 +140,7 @@ def test_another_regression(scene_flow: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_other_padding_and_sizes(scene_flow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = calibrated()
-    model.set_prediction(padding="replicate", enlarge_below_px=2000)
+    model.set_prediction(padding="replicate", halve_from_px=1000, enlarge_below_px=2000)
     weights = tmp_path / "small.safetensors"
     save_weights(model, weights)
     common = [f"checkpoint={weights}", *data_of(scene_flow), "workers=0", "device=cpu", "max_images=1"]
@@ -150,6 +150,7 @@ def test_other_padding_and_sizes(scene_flow: Path, tmp_path: Path, capsys: pytes
         "psmnet": (["protocol=psmnet"], "zeros", 2000),
         "zeros": (["protocol=default", "padding=zeros"], "zeros", 2000),
         "one_size": (["protocol=default", "enlarge_below_px=0"], "replicate", 0),
+        "unhalved": (["protocol=default", "halve_from_px=0"], "replicate", 2000),
         "forced": (["protocol=psmnet", "padding=replicate"], "replicate", 2000),
     }
     errors = {}
@@ -162,10 +163,11 @@ def test_other_padding_and_sizes(scene_flow: Path, tmp_path: Path, capsys: pytes
         out = capsys.readouterr().out
         assert ("padded with the border" in out) == (padding == "replicate")
         assert ("pictures below 0.002 megapixels at two sizes" in out) == (limit > 0)
+        assert ("from 0.001 megapixels at half the size too" in out) == (name != "unhalved")
         assert ("departs from it: padding is replicate, not top_right_zeros" in out) == (name == "forced")
     assert errors["psmnet"] == errors["zeros"]
     assert errors["forced"] == errors["own"]
-    assert len({errors["own"], errors["zeros"], errors["one_size"]}) == 3
+    assert len({errors[name] for name in ("own", "zeros", "one_size", "unhalved")}) == 4
     assert (
         main(["evaluate", *data_of(scene_flow), "method=sgbm", "padding=zeros", f"output_dir={tmp_path / 'no'}"]) == 2
     )
