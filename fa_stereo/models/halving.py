@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fa_stereo.models.regression import at_least_float32
+
 WINDOW = 5
 """Side of the square over which the doubt is averaged, in pixels of the scores: four of the picture each."""
 
@@ -73,7 +75,9 @@ def score_with_halvings(
     )
     own = score(left, right, max_disparity)
     half = half[:, :, top // 4 :, : own.shape[3] // 2]  # without what was padded
-    return add_scores(own, enlarge_scores(half, own, max_disparity, align_corners=align_corners))
+    with torch.autocast(own.device.type, enabled=False):
+        own, half = at_least_float32(own), at_least_float32(half)
+        return add_scores(own, enlarge_scores(half, own, max_disparity, align_corners=align_corners))
 
 
 def enlarge_scores(half: Tensor, own: Tensor, max_disparity: int, *, align_corners: bool) -> Tensor:

@@ -58,7 +58,7 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Return the softmax p_d of the upsampled scores, and d p_d: [B, D, H, W] each."""
     scores = F.interpolate(
-        _at_least_float32(logits).unsqueeze(1),
+        at_least_float32(logits).unsqueeze(1),
         (max_disparity, height, width),
         mode="trilinear",
         align_corners=align_corners,
@@ -85,7 +85,7 @@ def regress_disparity(logits: Tensor, max_disparity: int, height: int, width: in
         Disparity in pixels, float32 (float64 for float64 logits) [B, H, W].
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logits = _at_least_float32(logits)
+        logits = at_least_float32(logits)
         kernel = _triton_regression(logits.device) if logits.is_cuda and logits.dtype == torch.float32 else None
         if kernel is not None:
             sizes = zip(logits.shape[1:], (max_disparity, height, width), strict=True)
@@ -117,7 +117,7 @@ def regress_modal_disparity(
     """
     arguments = max_disparity, height, width
     with torch.autocast(logits.device.type, enabled=False):
-        logits = _at_least_float32(logits)
+        logits = at_least_float32(logits)
         if logits.requires_grad and torch.is_grad_enabled():
             return regress_modal_disparity_reference(logits, *arguments, align_corners=align_corners)
         kernel = _triton_modal_regression(logits.device) if logits.is_cuda and logits.dtype == torch.float32 else None
@@ -196,7 +196,8 @@ def _triton_modal_regression(device: torch.device) -> Kernel | None:
     return checked_kernel(load, "modal disparity regression")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return a tensor as float32, of float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 

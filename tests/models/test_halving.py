@@ -226,6 +226,19 @@ def test_the_networks_that_run_do_so_too() -> None:
     assert (found[1] - expected[1]).abs().median() < 1e-4
 
 
+def test_they_are_added_in_float32_whatever_the_network_computes_in() -> None:
+    model = calibrated()
+    model.set_prediction(regression="modal", halve_from_px=768)
+    left, right = torch.randn(2, 1, 3, 32, 64)
+    scores = []
+    model.aggregation.register_forward_hook(lambda _, __, found: scores.append(found[-1].float()))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(left, right)
+    half, own = scores
+    expected, _ = model.mode(add_scores(own, enlarge_scores(half, own, 32, align_corners=False)), 32, 64)
+    assert torch.equal(found, expected)
+
+
 @needs_gpu
 def test_a_gpu_predicts_the_same() -> None:
     model = randomize(build_model(tiny(halve_from_px=768, padding="replicate")).double()).eval()
