@@ -145,7 +145,7 @@ class ModelConfig:
             ``zeros`` (the mean colour of ImageNet) as in PSMNet's evaluation, or ``replicate``, their border repeated.
         halve_from_px: In prediction, pictures of at least so many pixels are scored at half their size too, and their
             halves likewise; those scores count where the larger one's are less sure (see ``fa_stereo.models.halving``),
-            for a sixth more time. 0 never does.
+            for about a quarter more time. 0 never does.
         enlarge_below_px: In prediction, pictures of fewer pixels than this are predicted at one and a half times their
             size too, and both are merged (see ``fa_stereo.models.two_sizes``), in three times the time; 0 never does.
         attention: The attention block put into every slot named in ``attention_slots``.

@@ -1,9 +1,9 @@
 """Scores of the picture at half its size, and of that at half of its, added where the larger one's are less sure.
 
 How far around a pixel the network sees is a number of pixels: a plain surface in a large picture outgrows it. At half
-the size surfaces are half as large, and scoring them takes an eighth of the time, as disparities are halved too. Where
-a picture's scores ``s`` leave a doubt, those of half the size, ``s'``, brought to the same pixels and disparities,
-count:
+the size surfaces are half as large; the features have a quarter of the pixels then and the volumes, as disparities are
+halved too, an eighth of the cells. Where a picture's scores ``s`` leave a doubt, those of half the size, ``s'``,
+brought to the same pixels and disparities, count:
 
 ``scores = s + u / (u + u' + DOUBTLESS) s'``, ``u = 1 - mean over a window of max_d (p_(d-1) + p_d + p_(d+1))``,
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fa_stereo.memory import return_freed_memory
 from fa_stereo.models.regression import at_least_float32
 
 WINDOW = 5
@@ -73,6 +74,8 @@ def score_with_halvings(
     half = score_with_halvings(
         score, pad, half_left, half_right, half_range(max_disparity), further_from_px, align_corners=align_corners
     )
+    if half.device.type == "cpu":
+        return_freed_memory()  # what the smaller size left fits this one badly
     own = score(left, right, max_disparity)
     half = half[:, :, top // 4 :, : own.shape[3] // 2]  # without what was padded
     with torch.autocast(own.device.type, enabled=False):
