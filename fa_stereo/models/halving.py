@@ -9,8 +9,9 @@ brought to the same pixels and disparities, count:
 
 with ``p`` the softmax of ``s`` over the quarter-resolution disparities ``d``, and ``u'`` that of ``s'`` likewise. Where
 the picture itself is sure, as at what is too thin for half the size, ``u`` is near 0 and nothing changes. Adding scores
-multiplies probabilities: what is added decides between what is possible in both sizes, and invents nothing. The figures
-were chosen by rendered pairs (see the model card of the bundled weights).
+multiplies probabilities (a product of experts, Hinton 2002): what is added decides between what is possible in both
+sizes, and invents nothing. How, and from which size on, was chosen by rendered pairs (see the model card of the bundled
+weights).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from agreement import assert_a_gpu_agrees, assert_every_way_agrees, assert_the_network_that_runs_agrees
 from random_networks import calibrated, randomize, tiny
 from torch import Tensor
 
@@ -15,10 +16,8 @@ from fa_stereo.config import ModelConfig
 from fa_stereo.errors import InputError
 from fa_stereo.models import halving
 from fa_stereo.models.halving import add_scores, enlarge_scores, half_range, score_with_halvings
-from fa_stereo.models.optimized import optimize_for_inference
 from fa_stereo.models.psmnet import build_model
 from fa_stereo.models.regression import regress_modal_disparity
-from fa_stereo.tiling import EXACT_OVERLAP_PX, predict_in_bands
 from tests.gpu import needs_gpu
 
 
@@ -190,40 +189,12 @@ def test_small_pictures_do_not_become_large_by_being_enlarged() -> None:
 
 @pytest.mark.parametrize("limit", [0, 10**6])
 def test_every_way_of_computing_agrees(limit: int) -> None:
-    """Plain, fast and in bands of rows; at one size, and at two."""
-    settings = {"regression": "modal", "padding": "replicate", "halve_from_px": 768, "enlarge_below_px": limit}
-    model = randomize(build_model(tiny(**settings)).double()).eval()
-    left, right = torch.randn(2, 1, 3, 45, 70, dtype=torch.float64)
-    upstream = torch.randn(1, 45, 70, dtype=torch.float64)
-    results = []
-    for plain in (True, False):
-        model.plain = plain
-        model.zero_grad()
-        disparity = model(left, right)
-        (upstream * disparity).sum().backward()
-        results.append((disparity.detach(), {name: p.grad for name, p in model.named_parameters()}))
-    (reference, gradients_of_reference), (disparity, gradients) = results
-    torch.testing.assert_close(disparity, reference, atol=1e-9, rtol=0)
-    for name, gradient in gradients_of_reference.items():
-        if gradient is None:
-            assert gradients[name] is None
-        else:
-            scale = gradient.abs().max().clamp(min=1e-9)
-            torch.testing.assert_close(gradients[name] / scale, gradient / scale, atol=1e-7, rtol=0, msg=name)
-    with torch.no_grad():
-        in_bands = predict_in_bands(model, left, right, 16, EXACT_OVERLAP_PX)
-    torch.testing.assert_close(in_bands, reference, atol=1e-9, rtol=0)
+    """At one size, and at two."""
+    assert_every_way_agrees(regression="modal", padding="replicate", halve_from_px=768, enlarge_below_px=limit)
 
 
 def test_the_networks_that_run_do_so_too() -> None:
-    model = calibrated()
-    model.set_prediction(regression="modal", padding="replicate", halve_from_px=768)
-    left, right = torch.randn(2, 1, 3, 40, 60)
-    with torch.inference_mode():
-        expected = model(left, right, confidence=True)
-        found = optimize_for_inference(model)(left, right, confidence=True)
-    assert (found[0] - expected[0]).abs().median() < 1e-4
-    assert (found[1] - expected[1]).abs().median() < 1e-4
+    assert_the_network_that_runs_agrees(regression="modal", padding="replicate", halve_from_px=768)
 
 
 def test_they_are_added_in_float32_whatever_the_network_computes_in() -> None:
@@ -241,12 +212,7 @@ def test_they_are_added_in_float32_whatever_the_network_computes_in() -> None:
 
 @needs_gpu
 def test_a_gpu_predicts_the_same() -> None:
-    model = randomize(build_model(tiny(halve_from_px=768, padding="replicate")).double()).eval()
-    left, right = torch.randn(2, 2, 3, 45, 70, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model(left, right)
-        found = model.to("cuda")(left.to("cuda"), right.to("cuda"))
-    torch.testing.assert_close(found.cpu(), expected, atol=1e-9, rtol=0)
+    assert_a_gpu_agrees(halve_from_px=768, padding="replicate")
 
 
 def test_wrong_values() -> None:

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from random_networks import calibrated, randomize, tiny
+from agreement import assert_a_gpu_agrees, assert_every_way_agrees, assert_the_network_that_runs_agrees
+from random_networks import randomize, tiny
 from torch import Tensor
 
 from fa_stereo.config import ModelConfig
 from fa_stereo.errors import InputError
 from fa_stereo.models import two_sizes
-from fa_stereo.models.optimized import optimize_for_inference
 from fa_stereo.models.psmnet import build_model
 from fa_stereo.models.two_sizes import enlarged_size, merge_by_confidence, predict_at_two_sizes
-from fa_stereo.tiling import EXACT_OVERLAP_PX, choose_band_height, estimate_memory, predict_in_bands
+from fa_stereo.tiling import choose_band_height, estimate_memory
 from tests.gpu import needs_gpu
 
 
@@ -105,50 +105,16 @@ def test_the_network_predicts_small_pictures_so(regression: str, padding: str) -
 
 
 def test_every_way_of_computing_agrees() -> None:
-    """Plain, fast and in bands of rows; in float64, as what is as sure as the other may fall to either."""
-    settings = {"regression": "modal", "padding": "replicate", "enlarge_below_px": 10**6}
-    model = randomize(build_model(tiny(**settings)).double()).eval()
-    left, right = torch.randn(2, 1, 3, 45, 70, dtype=torch.float64)
-    upstream = torch.randn(1, 45, 70, dtype=torch.float64)
-    results = []
-    for plain in (True, False):
-        model.plain = plain
-        model.zero_grad()
-        disparity = model(left, right)
-        (upstream * disparity).sum().backward()
-        results.append((disparity.detach(), {name: p.grad for name, p in model.named_parameters()}))
-    (reference, gradients_of_reference), (disparity, gradients) = results
-    torch.testing.assert_close(disparity, reference, atol=1e-9, rtol=0)
-    for name, gradient in gradients_of_reference.items():
-        if gradient is None:
-            assert gradients[name] is None
-        else:
-            scale = gradient.abs().max().clamp(min=1e-9)
-            torch.testing.assert_close(gradients[name] / scale, gradient / scale, atol=1e-7, rtol=0, msg=name)
-    with torch.no_grad():
-        in_bands = predict_in_bands(model, left, right, 16, EXACT_OVERLAP_PX)
-    torch.testing.assert_close(in_bands, reference, atol=1e-9, rtol=0)
+    assert_every_way_agrees(regression="modal", padding="replicate", enlarge_below_px=10**6)
 
 
 def test_the_networks_that_run_do_so_too() -> None:
-    model = calibrated()
-    model.set_prediction(regression="modal", padding="replicate", enlarge_below_px=10**6)
-    left, right = torch.randn(2, 1, 3, 40, 60)
-    with torch.inference_mode():
-        expected = model(left, right, confidence=True)
-        found = optimize_for_inference(model)(left, right, confidence=True)
-    assert (found[0] - expected[0]).abs().median() < 1e-4
-    assert (found[1] - expected[1]).abs().median() < 1e-4
+    assert_the_network_that_runs_agrees(regression="modal", padding="replicate", enlarge_below_px=10**6)
 
 
 @needs_gpu
 def test_a_gpu_predicts_the_same() -> None:
-    model = randomize(build_model(tiny(enlarge_below_px=10**6, padding="replicate")).double()).eval()
-    left, right = torch.randn(2, 2, 3, 45, 70, dtype=torch.float64)
-    with torch.no_grad():
-        expected = model(left, right)
-        found = model.to("cuda")(left.to("cuda"), right.to("cuda"))
-    torch.testing.assert_close(found.cpu(), expected, atol=1e-9, rtol=0)
+    assert_a_gpu_agrees(enlarge_below_px=10**6, padding="replicate")
 
 
 def test_memory_is_that_of_the_larger_size() -> None:
